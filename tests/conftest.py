@@ -1,0 +1,82 @@
+"""What every test shares: trio as the loop, one seed for all that is random, and the long mode."""
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import pytest
+
+T = TypeVar("T")
+
+SAMPLED_SHARE = 10
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("cocoon-host")
+    group.addoption("--long", action="store_true", help="run everything, however long it takes")
+    group.addoption("--brief", action="store_true", help="of thorough tests too, run a sample")
+    group.addoption("--seed", type=int, help="what random choices start from (random)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.seed is None:
+        config.option.seed = random.SystemRandom().randrange(2**32)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    mode = "whole" if config.option.long else "a sample"
+    return f"seed: {config.option.seed} (--seed), long tests: {mode}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep a seeded tenth, and at least one, of the cases of each function marked `long`.
+
+    With `--brief`, as for the second set of libraries, the same of those marked `thorough`.
+    """
+    if config.option.long:
+        return
+    sampled = ["long", "thorough"] if config.option.brief else ["long"]
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if any(item.get_closest_marker(name) for name in sampled):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    dropped = set()
+    for name, group in cases.items():
+        kept = random.Random(f"{config.option.seed} {name}").sample(
+            group, -(-len(group) // SAMPLED_SHARE)
+        )
+        dropped.update(set(group) - set(kept))
+    if dropped:
+        config.hook.pytest_deselected(items=list(dropped))
+        items[:] = [item for item in items if item not in dropped]
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    return "trio", {"strict_exception_groups": True}
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    """A source of random numbers that the seed and the test's name determine."""
+    return random.Random(f"{request.config.option.seed} {request.node.nodeid}")
+
+
+@pytest.fixture
+def rounds(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
+    """`rounds(few, many)` says how often to repeat something: `many` times with --long."""
+    return lambda few, many: many if request.config.option.long else few
+
+
+@pytest.fixture
+def sample(
+    request: pytest.FixtureRequest, rng: random.Random
+) -> Callable[[Sequence[Any], int], list[Any]]:
+    """`sample(items, few)` picks `few` of the items by the seed; with --long it takes them all."""
+
+    def pick(items: Sequence[T], few: int) -> list[T]:
+        if request.config.option.long or few >= len(items):
+            return list(items)
+        return rng.sample(items, few)
+
+    return pick
