@@ -1,0 +1,1 @@
+"""Records and values that every room shares; imports nothing of the rest."""

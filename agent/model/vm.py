@@ -1,0 +1,154 @@
+"""The record of a VM, and the row that the index keeps of it."""
+
+import dataclasses
+import datetime
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from .access import Access
+from .config import Boot, Disk, VmConfig
+
+UNIT_PREFIX = "cocoon-vm-"
+FIRST_UID, LAST_UID = 65536, 99999
+"""The range from which each VM's VMM gets a uid of its own."""
+
+
+class State(StrEnum):
+    """Where a VM is in its life; `creating` and `deleting` show only after a crash in between."""
+
+    CREATING = "creating"
+    CREATED = "created"
+    STARTING = "starting"
+    RUNNING = "running"
+    PAUSED = "paused"
+    SAVING = "saving"
+    RESTORING = "restoring"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+    ERROR = "error"
+    DELETING = "deleting"
+
+
+WITH_PROCESS = frozenset(
+    {
+        State.STARTING,
+        State.RUNNING,
+        State.PAUSED,
+        State.SAVING,
+        State.RESTORING,
+        State.STOPPING,
+    }
+)
+"""States in which a VMM process may exist."""
+
+
+@dataclass(frozen=True, slots=True)
+class BootFiles:
+    """What was booted last, by content: names in the kernel store (hex SHA-256), "" for none.
+
+    `source` is the configuration that named the files, so that they can be booted again when the
+    files are gone but the configuration is the same.
+    """
+
+    kernel: str = ""
+    initrd: str = ""
+    source: Boot | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DirtyBase:
+    """What the VMM's record of changed memory counts from: a snapshot, in the process `pid`."""
+
+    snapshot: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Vm:
+    """One VM. Times are seconds since the epoch, 0 for never; `pid` is 0 when there is no process.
+
+    `hypervisor` is the backend of the last start (`config.hypervisor` may say auto). `user_paused`
+    tells a pause that the user asked for from one that a snapshot needed. `reason` says how it came
+    into its state, `error` why the last operation or the VM failed. `generation` counts committed
+    transitions. `from_snapshot` is the id of the snapshot that its first start clones, or cloned;
+    `restoring` that of the snapshot it is being put back to; `snapshots` are those taken of it.
+    """
+
+    id: str
+    name: str
+    uid: int
+    access: Access
+    config: VmConfig
+    state: State = State.CREATING
+    hypervisor: str = ""
+    hypervisor_version: str = ""
+    booted: BootFiles = BootFiles()
+    pid: int = 0
+    user_paused: bool = False
+    reason: str = ""
+    error: str = ""
+    generation: int = 0
+    from_snapshot: str = ""
+    restoring: str = ""
+    dirty_base: DirtyBase | None = None
+    first_booted: bool = False
+    snapshots: tuple[str, ...] = ()
+    created_at: float = 0
+    updated_at: float = 0
+    started_at: float = 0
+    stopped_at: float = 0
+
+    @property
+    def unit(self) -> str:
+        return f"{UNIT_PREFIX}{self.name}.service"
+
+    @property
+    def is_to_be_cloned(self) -> bool:
+        """Whether its next start loads the snapshot that `from` names."""
+        return bool(self.from_snapshot) and not self.first_booted
+
+    @property
+    def has_process(self) -> bool:
+        return self.state in WITH_PROCESS
+
+
+def to_row(vm: Vm) -> dict[str, Any]:
+    """Return the JSON object that the index keeps."""
+    return dataclasses.asdict(vm)
+
+
+def from_row(row: dict[str, Any]) -> Vm:
+    """Return the record of an index row; raise TypeError, KeyError or ValueError on another shape.
+
+    Keys that an older agent did not write take their defaults; values are the agent's own and are
+    not checked again (a host that lost CPUs must still read its records).
+    """
+    config = dict(row["config"])
+    config["boot"] = Boot(**config["boot"]) if config.get("boot") else None
+    config["disks"] = tuple(Disk(**disk) for disk in config.get("disks", ()))
+    config["ssh_keys"] = tuple(config.get("ssh_keys", ()))
+    return Vm(
+        **{
+            **row,
+            "access": Access(**row["access"]),
+            "config": VmConfig(**config),
+            "state": State(row["state"]),
+            "booted": _booted(row.get("booted", {})),
+            "dirty_base": DirtyBase(**row["dirty_base"]) if row.get("dirty_base") else None,
+            "snapshots": tuple(row.get("snapshots", ())),
+        }
+    )
+
+
+def _booted(row: dict[str, Any]) -> BootFiles:
+    source = row.get("source")
+    return BootFiles(**{**row, "source": Boot(**source) if source else None})
+
+
+def timestamp(seconds: float) -> str | None:
+    """Return RFC 3339 in UTC, as Go writes times; None for never."""
+    if not seconds:
+        return None
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
