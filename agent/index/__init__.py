@@ -1,0 +1,1 @@
+"""What the agent knows, kept in memory and in SQLite."""
