@@ -1,0 +1,1 @@
+"""Files below the root directory: VM directories, disks, kernels, snapshots."""

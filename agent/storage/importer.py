@@ -1,0 +1,271 @@
+"""Takes a snapshot's archive in as its bytes arrive, straight into a staging directory.
+
+Synchronous, and knows no event loop: `feed` and `finish` write files and wait for them, so callers
+run them in a worker thread, one call at a time. The staging directory belongs to the caller; the
+files in it are made, and removed after a refusal, here.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from agent.model.errors import CocoonError, Damaged, NoSpace, UnknownFormat, from_os_error
+from agent.model.sidecar import complete
+from agent.model.size import KIB, MIB, show_size
+from agent.model.snapshot import (
+    METADATA,
+    METADATA_LIMIT,
+    Snapshot,
+    SnapshotFile,
+    is_data_file,
+    parse_metadata,
+)
+
+from .compression import MAGIC_LENGTH, Plain, Unpacker, choose
+from .reader import Buffer, Event, MemberData, MemberEnd, MemberStart, TarReader
+from .reflink import start_writing_out
+
+FILE_MODE = 0o444
+"""Of a snapshot's files: VMs share them, so every VMM's uid may read and none may write them."""
+
+_PAGE = 4 * KIB
+_ZERO_PAGE = bytes(_PAGE)
+_LARGEST_FILE = 16 << 40  # bytes: ext4's limit (ext4(5))
+_MOST_MEMBERS = 64
+_ROOM_STEP = 64 * MIB
+_WRITE_OUT_STEP = 16 * MIB
+_LARGEST_HOLE = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far an import is: bytes that arrived, and the members begun, the last under way."""
+
+    bytes_in: int
+    members: tuple[str, ...]
+
+
+class ImportSink:
+    """One archive on its way in.
+
+    `staging` is a descriptor of an empty directory; the caller keeps it open until `finish` or
+    `discard` has returned. A refusal is final: the files are removed, and further calls raise it
+    again.
+    """
+
+    def __init__(self, staging: int) -> None:
+        self._staging = staging
+        self._reader = TarReader()
+        self._unpacker: Unpacker | None = None
+        self._magic = b""
+        self._bytes_in = 0
+        self._members: list[str] = []
+        self._files: dict[str, tuple[int, int]] = {}  # descriptor and size
+        self._fd = -1
+        self._document = bytearray()
+        self._draft: Snapshot | None = None
+        self._room = 0
+        self._unsynced = 0
+        self._refusal: CocoonError | None = None
+        self._result: Snapshot | None = None
+
+    @property
+    def progress(self) -> Progress:
+        return Progress(self._bytes_in, tuple(self._members))
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the archive was refused for good."""
+        return self._refusal is not None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the archive was whole and good."""
+        return self._result is not None
+
+    def feed(self, data: Buffer) -> None:
+        """Take the next bytes of the archive, in pieces of any size.
+
+        Raises UnknownFormat, Damaged, Invalid, Unsupported or NoSpace; nothing is left in staging
+        then.
+        """
+        with self._refusing():
+            self._feed(memoryview(data))
+
+    def skip(self, count: int) -> None:
+        """Take `count` zero bytes, a hole in the archive as a file; raises as `feed` does."""
+        with self._refusing():
+            if isinstance(self._unpacker, Plain):
+                self._bytes_in += count
+                self._handle(self._reader.feed_zeros(count))
+                return
+            if count > _LARGEST_HOLE:
+                raise Damaged(f"the archive has a hole of {show_size(count)}")
+            for start in range(0, count, MIB):
+                self._feed(memoryview(bytes(min(MIB, count - start))))
+
+    def finish(self) -> Snapshot:
+        """Check that the archive is whole, sync its files, and return the snapshot it describes.
+
+        The snapshot is a draft: id, access and times are for the caller to set, and its name is ""
+        when it is none here. An archive that ends too early is Damaged too, but keeps what arrived,
+        so that more may come; any other refusal is final.
+        """
+        if self._result is not None:
+            return self._result
+        if self._refusal is None and not self._is_whole():
+            raise Damaged(
+                f"the archive is incomplete: it ends after {self._bytes_in} bytes, "
+                f"{self._reader.where()}"
+            )
+        with self._refusing():
+            if self._draft is None:
+                raise UnknownFormat(f"the archive has no {METADATA}: this is no snapshot")
+            files = [SnapshotFile(name, size) for name, (_, size) in self._files.items()]
+            result = complete(self._draft, files, self._read)
+            for fd, _ in self._files.values():
+                os.fsync(fd)
+            os.fsync(self._staging)
+            self._close()
+            self._result = result
+        return result
+
+    def discard(self) -> None:
+        """Remove what was written; harmless when nothing was, and after `finish`."""
+        if self._result is None:
+            names = list(self._files)
+            self._close()
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=self._staging)
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        if self._refusal is not None:
+            raise self._refusal
+        try:
+            yield
+        except CocoonError as error:
+            self._refusal = error
+            self.discard()
+            raise
+        except OSError as error:
+            self._refusal = from_os_error(error, "writing the archive's files")
+            self.discard()
+            raise self._refusal from None
+        except BaseException:
+            self.discard()
+            raise
+
+    def _feed(self, data: memoryview) -> None:
+        self._bytes_in += len(data)
+        if self._unpacker is None:
+            head = self._magic + bytes(data)
+            if len(head) < MAGIC_LENGTH:
+                self._magic = head
+                return
+            self._unpacker = choose(head[:MAGIC_LENGTH])
+            data = memoryview(head)
+        for part in self._unpacker.feed(data):
+            self._handle(self._reader.feed(part))
+
+    def _handle(self, events: Iterator[Event]) -> None:
+        for event in events:
+            match event:
+                case MemberData(offset, data):
+                    if self._fd < 0:
+                        self._document[offset : offset + len(data)] = data
+                    else:
+                        self._write(offset, data)
+                case MemberStart():
+                    self._start(event)
+                case MemberEnd():
+                    if self._fd < 0:
+                        self._draft = parse_metadata(bytes(self._document))
+
+    def _start(self, member: MemberStart) -> None:
+        name = member.name
+        if "/" in name:
+            raise UnknownFormat(
+                f"the archive's member {name[:80]!r} has a directory in its name: "
+                "a snapshot's files have none"
+            )
+        if name != METADATA and not is_data_file(name):
+            raise UnknownFormat(
+                f"the archive's member {name[:80]!r} is no file of a snapshot: this is none, or it "
+                "was packed with other files"
+            )
+        if name in self._members:
+            raise Damaged(f"the archive has {name} twice")
+        if len(self._members) >= _MOST_MEMBERS:
+            raise Damaged(f"the archive has more than {_MOST_MEMBERS} members")
+        self._members.append(name)
+        if name == METADATA:
+            if member.size > METADATA_LIMIT:
+                raise Damaged(f"{METADATA} of {member.size} bytes is too large to be one")
+            self._fd = -1
+            self._document = bytearray(member.size)
+            return
+        if member.size > _LARGEST_FILE:
+            raise Damaged(f"{name} of {show_size(member.size)} is larger than a file can be")
+        # A sparse member's size is that of real data; a plain one's may be zeros for the most part.
+        if member.stored < member.size and member.stored > self._free():
+            raise NoSpace(
+                f"{name} needs {show_size(member.stored)}: the filesystem has "
+                f"{show_size(self._free())} left"
+            )
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._fd = os.open(name, flags, 0o600, dir_fd=self._staging)
+        self._files[name] = (self._fd, member.size)
+        os.fchmod(self._fd, FILE_MODE)
+        os.ftruncate(self._fd, member.size)
+
+    def _write(self, offset: int, data: memoryview) -> None:
+        """Write `data` but for its pages of zeros, which stay holes."""
+        length = len(data)
+        position, run = 0, -1
+        while position < length:
+            end = min(position + _PAGE - (offset + position) % _PAGE, length)
+            if data[position] or bytes(data[position:end]) != _ZERO_PAGE[: end - position]:
+                if run < 0:
+                    run = position
+            elif run >= 0:
+                self._write_all(offset + run, data[run:position])
+                run = -1
+            position = end
+        if run >= 0:
+            self._write_all(offset + run, data[run:])
+
+    def _write_all(self, offset: int, data: memoryview) -> None:
+        self._room -= len(data)
+        if self._room < 0:
+            free = self._free()
+            if free < len(data):
+                raise NoSpace("the archive does not fit: its filesystem is full")
+            self._room = min(free, _ROOM_STEP) - len(data)
+        while len(data):
+            written = os.pwrite(self._fd, data, offset)
+            offset += written
+            data = data[written:]
+            self._unsynced += written
+        if self._unsynced >= _WRITE_OUT_STEP:
+            # So that what is left to sync in the end is little.
+            self._unsynced = 0
+            start_writing_out(self._fd)
+
+    def _free(self) -> int:
+        status = os.fstatvfs(self._staging)
+        return status.f_bavail * status.f_frsize
+
+    def _is_whole(self) -> bool:
+        return self._unpacker is not None and self._unpacker.complete and self._reader.ended
+
+    def _read(self, name: str) -> bytes:
+        fd, size = self._files[name]
+        return os.pread(fd, size, 0)
+
+    def _close(self) -> None:
+        for fd, _ in self._files.values():
+            os.close(fd)
+        self._files.clear()
