@@ -1,0 +1,1 @@
+"""Programs that VM units run without the agent; standard library only."""
