@@ -1,0 +1,159 @@
+"""What a backend must offer: one driver a VMM program, one connection a running VMM."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from agent.model.launch import LaunchPlan
+from agent.model.vm import Vm
+
+Directory = Callable[[], AbstractContextManager[int]]
+"""Lends a descriptor of the VM's directory, `canonical.VM` in the jail; raises CocoonError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """The VMM program that was found, and what it calls itself.
+
+    `binary` is its path with links resolved; `dynamic` tells that it needs the host's shared
+    libraries.
+    """
+
+    binary: str
+    text: str
+    numbers: tuple[int, ...]
+    dynamic: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a backend can do; the README's table is made from these.
+
+    With `elf_kernel` it boots no bzImage: `canonical.KERNEL` must be the ELF that is packed in it.
+    """
+
+    pause: bool = True
+    snapshot: bool = False
+    track_dirty: bool = False
+    live_resize: bool = False
+    disk_serials: bool = False
+    first_boot_seed: bool = False
+    elf_kernel: bool = False
+
+
+class VmmState(StrEnum):
+    """What the VMM says of itself; `EMPTY` has no guest yet."""
+
+    EMPTY = "empty"
+    RUNNING = "running"
+    PAUSED = "paused"
+
+
+class Vmm(Protocol):
+    """A running VMM, reached over its API socket.
+
+    Every call raises Failed with the VMM's own message or because it is gone, TimedOut when it does
+    not answer within `timeout` seconds, or Unsupported. Paths are those of the jail.
+    """
+
+    async def state(self, timeout: float = 10) -> VmmState:
+        """Return what the VMM says of itself.
+
+        A VMM that was started with a guest answers only once the guest runs or could not be built.
+        """
+        ...
+
+    async def pause(self, timeout: float = 10) -> None:
+        """Stop the vCPUs; a paused VMM stays so."""
+        ...
+
+    async def resume(self, timeout: float = 10) -> None:
+        """Let the vCPUs go on; a running VMM stays so."""
+        ...
+
+    async def power_off(self, timeout: float = 10) -> None:
+        """Ask the guest to power off; returns when it was asked, not when it did.
+
+        A paused guest sees the request once it is resumed.
+        """
+        ...
+
+    async def stats(self, timeout: float = 10) -> Mapping[str, int]:
+        """Return the VMM's own figures: `vcpus`, and `balloon_target` in bytes if it has one."""
+        ...
+
+    async def snapshot(
+        self, state: str, memory: str, *, diff: bool = False, timeout: float = 300
+    ) -> None:
+        """Write the paused VM's state and memory to the files `state` and `memory`.
+
+        With `diff`, `memory` becomes a sparse file of the guest's size that holds only what changed
+        since the last snapshot (or load), in a VM with `track_dirty`. Whatever the outcome, the
+        record of changes starts afresh.
+        """
+        ...
+
+    async def load(
+        self,
+        state: str,
+        memory: str,
+        *,
+        track_dirty: bool = False,
+        resume: bool = True,
+        timeout: float = 60,
+    ) -> None:
+        """Load a snapshot into an empty VMM and, with `resume`, let it run.
+
+        The file `memory` must stay as it is while the VM runs.
+        """
+        ...
+
+
+class Driver(Protocol):
+    """One VMM program."""
+
+    name: str
+    capabilities: Capabilities
+
+    async def version(self) -> Version:
+        """Return the program and its version; raise Missing or Unsupported, with the remedy.
+
+        Cheap after the first call, until the program changes.
+        """
+        ...
+
+    async def obstacle(self) -> str:
+        """Return why this host runs no ordinary guests of this VMM's, "" when it does.
+
+        A VM that names its backend is started all the same.
+        """
+        ...
+
+    def plan(self, vm: Vm, version: Version, *, loads: bool = False) -> LaunchPlan:
+        """Return what to launch for `vm`; raise Unsupported for what this backend cannot do.
+
+        With `loads` its first start loads a snapshot: to have nothing to boot is no error then, and
+        leaves `boot_arguments` empty.
+
+        Kernel and initrd are expected at `canonical.KERNEL` and `canonical.INITRD`, as
+        `vm.config.boot` names them; binding them there is the caller's part.
+        """
+        ...
+
+    def answers(self, pid: int) -> bool:
+        """Whether the process `pid`, launched to boot a guest, has come so far as to be asked.
+
+        Asking a VMM that still builds its guest may cost the message with which it would fail. Also
+        false when the process is gone. Looks at /proc, does not wait.
+        """
+        ...
+
+    def connect(self, socket: int, directory: Directory) -> AbstractAsyncContextManager[Vmm]:
+        """Talk to a running VMM through `socket`, an O_PATH descriptor of its API socket.
+
+        It stays the caller's, and must stay open as long as the connection is used. From
+        `directory` the driver opens what its VMM wants handed over.
+        """
+        ...

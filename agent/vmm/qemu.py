@@ -1,0 +1,365 @@
+"""QEMU: its command line and its QMP commands; with KVM where that works, else it translates.
+
+The guest's memory is the file `mem` in the VM's directory, shared with whoever opens it. So a
+snapshot is that file, copied while the guest stands still, and a small stream with all else; and
+what is loaded is a copy of the file. Everything of the machine that such a stream relies on is
+written out here: type, CPU model, and each device's place on the bus.
+"""
+
+import os
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+import trio
+
+from agent.model import canonical
+from agent.model.config import VmConfig
+from agent.model.disks import Drive, drives, host_disk_binds
+from agent.model.errors import Damaged, Failed, Invalid, Unsupported
+from agent.model.launch import LaunchPlan
+from agent.model.size import MIB, show_size
+from agent.model.vm import Vm
+
+from .driver import Capabilities, Directory, Version, VmmState
+from .kvm import kvm_obstacle
+from .program import Program
+from .qmp import QmpConnection, open_qmp
+
+DEFAULT_CMDLINE = "console=ttyS0 panic=1 loglevel=3"
+"""`panic=1` makes a panic a reboot, which ends the process."""
+
+MINIMUM_VERSION = (7, 2)
+"""The oldest that was tried: Debian 12's."""
+
+MACHINE = "pc-q35-7.2"
+"""The machine type of every VM: one that all versions from the oldest on have, so that a newer QEMU
+loads what an older one saved."""
+
+MEMORY = "mem"
+"""Name of the file in the VM's directory that is the guest's memory."""
+
+_OWN_MEMORY = 128 * MIB  # with 40 MiB on top of the guest's it was killed
+_TRANSLATED = 32  # MiB of translated code, the default would be a gigabyte
+_SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+_DATA = ("/usr/share/qemu", "/usr/share/seabios")
+_FIRST_DISK = 8  # slot on the bus; below are the other devices
+_STREAM = "cocoon-state"
+# The first bytes of a state: what ran the guest, on which all hangs and which QEMU does not tell.
+_HEADS = {True: b"cocoon-host: QEMU, KVM\n", False: b"cocoon-host: QEMU, TCG\n"}
+_RUNS_ON = {_HEADS[True]: "KVM", _HEADS[False]: "QEMU's translator"}
+_BANDWIDTH = 1 << 40  # bytes a second: do not hold the stream back
+_STATES = {
+    "running": VmmState.RUNNING,
+    "inmigrate": VmmState.EMPTY,
+    "prelaunch": VmmState.PAUSED,
+    "paused": VmmState.PAUSED,
+    "postmigrate": VmmState.PAUSED,
+    "finish-migrate": VmmState.PAUSED,
+    "save-vm": VmmState.PAUSED,
+    "restore-vm": VmmState.PAUSED,
+    "suspended": VmmState.PAUSED,
+}
+
+
+class Qemu:
+    """The driver; `path` names the program where it is not on root's PATH."""
+
+    name = "qemu"
+    capabilities = Capabilities(snapshot=True, disk_serials=True)
+
+    def __init__(self, path: str = "", *, accelerated: bool | None = None) -> None:
+        """`accelerated` says whether guests run on KVM; None asks it, once."""
+        pattern = r"QEMU emulator version (\d+)\.(\d+)\.(\d+)"
+        self._program = Program("qemu-system-x86_64", pattern, path)
+        self._kvm = accelerated
+
+    async def version(self) -> Version:
+        """Return the program and its version; see Driver."""
+        version = await self._program.version()
+        if version.numbers < MINIMUM_VERSION:
+            raise Unsupported(
+                f"{version.binary} is QEMU {version.text}: versions from "
+                f"{'.'.join(map(str, MINIMUM_VERSION))} work, install a newer one"
+            )
+        if self._kvm is None:
+            self._kvm = not await kvm_obstacle()
+        return version
+
+    async def obstacle(self) -> str:
+        """Return "": without KVM it translates; see Driver."""
+        return ""
+
+    def plan(self, vm: Vm, version: Version, *, loads: bool = False) -> LaunchPlan:
+        """Return what to launch for `vm`; see Driver."""
+        config = vm.config
+        boot = config.boot
+        if boot is None:
+            raise Invalid('there is nothing to boot: write {"kernel": …} to boot')
+        _check_possible(config)
+        kernel = ["-kernel", canonical.KERNEL, "-append", boot.cmdline or DEFAULT_CMDLINE]
+        if boot.initrd:
+            kernel += ["-initrd", canonical.INITRD]
+        accelerator = "/dev/kvm" if self._kvm else None
+        return LaunchPlan(
+            binary=version.binary,
+            arguments=(*self._machine(vm), *_devices(config)),
+            boot_arguments=tuple(kernel),
+            # With a kernel here too: the option ROM that boots it is a part of the machine.
+            load_arguments=(*kernel, "-incoming", "defer"),
+            files={},
+            memory=config.memory + config.memory // 64 + _OWN_MEMORY,
+            binds=host_disk_binds(config),
+            devices=("/dev/null", *([accelerator] if accelerator else [])),
+            dynamic=version.dynamic,
+        )
+
+    def answers(self, pid: int) -> bool:
+        """Whether the process can be asked; see Driver.
+
+        QEMU greets only once its machine is complete, and when that fails it ends with a message.
+        """
+        return os.path.exists(f"/proc/{pid}")
+
+    @asynccontextmanager
+    async def connect(self, socket: int, directory: Directory) -> AsyncIterator["QemuVmm"]:
+        """Talk to a running QEMU; see Driver."""
+        async with open_qmp(socket, "QEMU") as qmp:
+            yield QemuVmm(qmp, directory)
+
+    def _machine(self, vm: Vm) -> list[str]:
+        config = vm.config
+        if self._kvm:
+            accelerator = ["-accel", "kvm", "-cpu", "host,migratable=on"]
+        else:
+            # split-wx: the unit denies memory that is writable and executable.
+            accelerator = ["-accel", f"tcg,tb-size={_TRANSLATED},split-wx=on", "-cpu", "Nehalem-v1"]
+        memory = f"memory-backend-file,id=memory,size={config.memory},share=on"
+        return [
+            "-nodefaults",
+            "-no-user-config",
+            # A guest that reboots or panics ends the process, as with other VMMs.
+            "-no-reboot",
+            *("-display", "none"),
+            *(word for directory in _DATA for word in ("-L", directory)),
+            *("-sandbox", _SANDBOX),
+            *accelerator,
+            *("-object", f"{memory},mem-path={canonical.VM}/{MEMORY}"),
+            *("-machine", f"{MACHINE},memory-backend=memory,usb=off,hpet=off"),
+            *("-m", f"{config.memory // MIB}M"),
+            *("-smp", f"{config.cpu},sockets=1,cores={config.cpu},threads=1"),
+            *("-chardev", "stdio,id=console,signal=off"),
+            *("-serial", "chardev:console"),
+            *("-qmp", f"unix:{canonical.API_SOCKET},server=on,wait=off"),
+        ]
+
+
+class QemuVmm:
+    """A running QEMU; see Vmm."""
+
+    def __init__(self, qmp: QmpConnection, directory: Directory) -> None:
+        """`directory` lends the VM's directory."""
+        self._qmp = qmp
+        self._directory = directory
+
+    async def state(self, timeout: float = 10) -> VmmState:
+        """Return what QEMU says of itself; see Vmm."""
+        status = await self._status(timeout)
+        if status not in _STATES:
+            raise Failed(f"QEMU's guest cannot go on: {status}")
+        return _STATES[status]
+
+    async def pause(self, timeout: float = 10) -> None:
+        """Stop the vCPUs; see Vmm."""
+        await self._qmp.execute("stop", timeout=timeout)
+
+    async def resume(self, timeout: float = 10) -> None:
+        """Let the vCPUs go on; see Vmm."""
+        await self._qmp.execute("cont", timeout=timeout)
+
+    async def power_off(self, timeout: float = 10) -> None:
+        """Press the power button, which a guest with ACPI hears; see Vmm."""
+        await self._qmp.execute("system_powerdown", timeout=timeout)
+
+    async def stats(self, timeout: float = 10) -> Mapping[str, int]:
+        """Return `vcpus`; see Vmm."""
+        match await self._qmp.execute("query-cpus-fast", timeout=timeout):
+            case [*cpus]:
+                return {"vcpus": len(cpus)}
+        raise Failed("QEMU described its CPUs in a way that is unknown")
+
+    async def snapshot(
+        self, state: str, memory: str, *, diff: bool = False, timeout: float = 300
+    ) -> None:
+        """Write the paused VM's state to a file; see Vmm. Its memory is a file already."""
+        if await self._status(timeout) == "postmigrate":
+            # QEMU saves a guest once each time that it has stopped.
+            await self._qmp.execute("cont", timeout=timeout)
+            await self._qmp.execute("stop", timeout=timeout)
+        await self._prepare(timeout)
+        head = _HEADS[await self._has_kvm(timeout)]
+        file = await trio.to_thread.run_sync(self._create, _below(state), head)
+        try:
+            await self._hand_over(file, timeout)
+        finally:
+            os.close(file)
+        await self._qmp.execute("migrate", {"uri": f"fd:{_STREAM}"}, timeout=timeout)
+        await self._finish("saved", timeout)
+
+    async def load(
+        self,
+        state: str,
+        memory: str,
+        *,
+        track_dirty: bool = False,
+        resume: bool = True,
+        timeout: float = 60,
+    ) -> None:
+        """Load a snapshot, whose memory this QEMU was started with; see Vmm."""
+        await self._prepare(timeout)
+        head = _HEADS[await self._has_kvm(timeout)]
+        file = await trio.to_thread.run_sync(self._open, _below(state), head)
+        try:
+            await self._hand_over(file, timeout)
+        finally:
+            os.close(file)
+        await self._qmp.execute("migrate-incoming", {"uri": f"fd:{_STREAM}"}, timeout=timeout)
+        await self._finish("loaded", timeout)
+        if resume:
+            await self.resume(timeout)
+
+    async def _status(self, timeout: float) -> str:
+        match await self._qmp.execute("query-status", timeout=timeout):
+            case {"status": str(status)}:
+                return status
+        raise Failed("QEMU described its state in a way that is unknown")
+
+    async def _has_kvm(self, timeout: float) -> bool:
+        match await self._qmp.execute("query-kvm", timeout=timeout):
+            case {"enabled": bool(enabled)}:
+                return enabled
+        raise Failed("QEMU described what runs its guest in a way that is unknown")
+
+    async def _prepare(self, timeout: float) -> None:
+        # Memory in a file stays out of the stream; and tell when it is done.
+        wanted = [{"capability": name, "state": True} for name in ("x-ignore-shared", "events")]
+        capabilities = {"capabilities": wanted}
+        await self._qmp.execute("migrate-set-capabilities", capabilities, timeout=timeout)
+        parameters = {"max-bandwidth": _BANDWIDTH}
+        await self._qmp.execute("migrate-set-parameters", parameters, timeout=timeout)
+
+    async def _hand_over(self, file: int, timeout: float) -> None:
+        await self._qmp.execute("getfd", {"fdname": _STREAM}, descriptor=file, timeout=timeout)
+
+    async def _finish(self, done: str, timeout: float) -> None:
+        ends = ("completed", "failed", "cancelled")
+        if await self._qmp.wait_for("MIGRATION", "status", ends, timeout) == "completed":
+            return
+        reason = ""
+        match await self._qmp.execute("query-migrate", timeout=timeout):
+            case {"error-desc": str(words)}:
+                reason = f": {words}"
+        raise Failed(f"QEMU could not have its state {done}{reason}")
+
+    def _create(self, path: str, head: bytes) -> int:
+        """Make the file, the VM's as all in its directory, for QEMU to write on after `head`."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        parent = self._parent(path)
+        try:
+            file = os.open(os.path.basename(path), flags, 0o600, dir_fd=parent)
+            owner = os.fstat(parent)
+            os.fchown(file, owner.st_uid, owner.st_gid)
+            os.write(file, head)
+            return file
+        except OSError as error:
+            raise Failed(f"{path} cannot be made: {error.strerror}") from error
+        finally:
+            os.close(parent)
+
+    def _open(self, path: str, head: bytes) -> int:
+        """Open the file for QEMU to read on after `head`."""
+        parent = self._parent(path)
+        try:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            file = os.open(os.path.basename(path), flags, dir_fd=parent)
+        except OSError as error:
+            raise Failed(f"{path} cannot be opened: {error.strerror}") from error
+        finally:
+            os.close(parent)
+        try:
+            found = os.read(file, len(head))
+            if found not in _HEADS.values():
+                raise Damaged(f"{path} is not a state that QEMU wrote for this agent")
+            if found != head:
+                theirs, ours = (_RUNS_ON[part] for part in (found, head))
+                raise Unsupported(f"the guest ran on {theirs} when it was saved, here it is {ours}")
+        except BaseException:
+            os.close(file)
+            raise
+        return file
+
+    def _parent(self, path: str) -> int:
+        flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            with self._directory() as own:
+                return os.open(os.path.dirname(path) or ".", flags, dir_fd=own)
+        except OSError as error:
+            raise Failed(f"the directory of {path} is not there: {error.strerror}") from error
+
+
+def _below(path: str) -> str:
+    """Return a path of the jail relative to the VM's directory."""
+    return os.path.relpath(path, canonical.VM)
+
+
+def _devices(config: VmConfig) -> list[str]:
+    """Return the devices; a snapshot relies on the place of each."""
+    words = [
+        *("-object", "rng-builtin,id=random"),
+        *("-device", "virtio-rng-pci,rng=random,addr=2"),
+        *("-device", "virtio-balloon-pci,addr=3,deflate-on-oom=on,free-page-reporting=on"),
+        *("-device", "i6300esb,addr=4"),
+        # A guest that was cloned or restored gets another one, and seeds its random numbers anew.
+        *("-device", "vmgenid,guid=auto"),
+    ]
+    for index, drive in enumerate(drives(config)):
+        words += _disk(index, drive)
+    return words
+
+
+def _disk(index: int, drive: Drive) -> list[str]:
+    options = f"file={drive.path},format=raw,if=none,id=disk{index}"
+    options += ",readonly=on" if drive.readonly else ",discard=unmap"
+    device = f"virtio-blk-pci,drive=disk{index},addr={_FIRST_DISK + index:x}"
+    device += f",serial={drive.serial}" if drive.serial else ""
+    return ["-drive", options, "-device", device]
+
+
+def _check_possible(config: VmConfig) -> None:
+    """Raise Unsupported for what this backend does not do."""
+    assert config.boot is not None
+    if config.boot.firmware:
+        raise Unsupported("QEMU VMs boot no firmware yet: boot a kernel")
+    if config.most_cpu > config.cpu:
+        raise Unsupported(
+            f"QEMU VMs get no CPUs later (max_cpu {config.max_cpu}, cpu {config.cpu}): "
+            "write the same to both"
+        )
+    if config.most_memory > config.memory:
+        raise Unsupported(
+            f"QEMU VMs get no memory later (max_memory {show_size(config.max_memory)}, "
+            f"memory {show_size(config.memory)}): write the same to both"
+        )
+    if config.track_dirty:
+        raise Unsupported(
+            "QEMU keeps no record of changed memory, and its snapshots need none: "
+            "set track_dirty to no"
+        )
+    first_boot = [
+        name
+        for name in ("hostname", "user", "password", "ssh_keys", "user_data")
+        if getattr(config, name)
+    ]
+    if first_boot:
+        raise Unsupported(
+            f"QEMU VMs get no first-boot configuration yet ({', '.join(first_boot)}): leave it out"
+        )
