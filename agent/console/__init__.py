@@ -1,0 +1,1 @@
+"""A VM's console: its FIFOs, its log, and everyone who listens."""
