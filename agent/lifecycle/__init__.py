@@ -1,0 +1,1 @@
+"""What a VM can do, and what is recorded before and after."""

@@ -1,0 +1,89 @@
+"""Clones: a VM whose first start goes on from a snapshot."""
+
+import trio
+
+from agent.model.access import Caller
+from agent.model.errors import CocoonError, Invalid, Missing, TimedOut
+from agent.model.pinned import boot_files, pin
+from agent.model.vm import Vm
+
+from . import library
+from .services import RESTING, Services
+from .start import Loading, launch, prepare, start
+from .steps import step
+
+_LIMIT = 60.0  # seconds, from the contract's table of verbs
+
+
+async def set_source(services: Services, caller: Caller, vm_id: str, name: str) -> None:
+    """Let the VM's first start clone the snapshot `name`; "" for an ordinary start.
+
+    The VM takes over what the snapshot fixes. Raises Missing or Denied when there is no such
+    snapshot or `caller` may not read it, Invalid when the VM was started before.
+    """
+    vm = services.vm(vm_id)
+    source = services.index.snapshots.get(vm.from_snapshot)
+    if name == (source.name if source else ""):
+        return
+    if vm.state not in RESTING or vm.first_booted:
+        raise Invalid(
+            f"VM {vm.name} is {vm.state}: from takes one that was never started; write to restore "
+            "to put a VM back to a snapshot of it"
+        )
+    if not name:
+        await services.save(vm_id, from_snapshot="", reason="configure")
+        return
+    snapshot = library.readable(services, caller, name)
+    config = pin(vm.config, snapshot)
+    await services.tree.in_thread("storing a kernel", services.snapshots.store_boot, snapshot)
+    await services.save(
+        vm_id,
+        from_snapshot=snapshot.id,
+        config=config,
+        booted=boot_files(snapshot),
+        reason="configure",
+    )
+
+
+async def start_or_clone(services: Services, vm_id: str) -> None:
+    """Start the VM, the first time from its snapshot if it has one."""
+    vm = services.vm(vm_id)
+    if not vm.is_to_be_cloned or vm.state not in RESTING:
+        await start(services, vm_id)
+        return
+    with trio.move_on_after(_LIMIT) as scope:
+        await _clone(services, vm)
+    if scope.cancelled_caught:
+        raise TimedOut(f"VM {vm.name} was not cloned within {_LIMIT:.0f} seconds")
+
+
+async def _clone(services: Services, vm: Vm) -> None:
+    try:
+        snapshot = library.ready(services, vm.from_snapshot)
+    except Missing:
+        raise Missing(
+            f"the snapshot that VM {vm.name} is to be cloned from is gone: write another one to "
+            "its from file, or nothing to boot it"
+        ) from None
+    loading = Loading(snapshot, "clone")
+    filling = f"cloning snapshot {snapshot.name}"
+    await services.tree.in_thread(filling, services.snapshots.fill, snapshot, vm)
+    step("clone:filled")
+    try:
+        vm, plan = await prepare(services, vm, loading)
+        step("clone:prepared")
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            await services.tree.remove_vm(vm)
+        raise
+    await launch(services, vm, plan, loading)
+    step("clone:running")
+    services.background.start_soon(_sync, services, vm)
+
+
+async def _sync(services: Services, vm: Vm) -> None:
+    """Write out the disks, which nobody else would before the guest asks for it."""
+    try:
+        await services.tree.in_thread("writing disks out", services.snapshots.sync_disks, vm)
+    except CocoonError:
+        return  # removed already

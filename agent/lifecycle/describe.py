@@ -1,0 +1,91 @@
+"""A VM and the index in the shapes of Cocoon's `VMRecord` and `VMIndex`, keys of ours on top."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from agent.model import canonical
+from agent.model.config import show_config
+from agent.model.vm import Vm, timestamp
+
+
+def describe_vm(vm: Vm) -> dict[str, Any]:
+    """Return the whole record, as `info.json` shows it.
+
+    Paths are those that the VMM sees, which are the same for every VM.
+    """
+    config = vm.config
+    boot = config.boot
+    return {
+        "id": vm.id,
+        "hypervisor": vm.hypervisor or config.hypervisor,
+        "state": vm.state.value,
+        "config": {
+            "name": vm.name,
+            "cpu": config.cpu,
+            "memory": config.memory,
+            "storage": config.storage,
+            "queue_size": 0,
+            "disk_queue_size": 0,
+            "image": "",
+            "image_digest": "",
+            "image_type": "",
+            "network": "",
+            "no_direct_io": False,
+            "windows": False,
+        },
+        "pid": vm.pid,
+        "socket_path": canonical.API_SOCKET,
+        "network_configs": [],
+        "storage_configs": _storage(vm),
+        "boot_config": {
+            "kernel_path": boot.kernel if boot else "",
+            "initrd_path": boot.initrd if boot else "",
+            "cmdline": boot.cmdline if boot else "",
+            "firmware_path": boot.firmware if boot else "",
+        },
+        "image_blob_ids": {},
+        "first_booted": vm.first_booted,
+        "snapshot_ids": {snapshot: {} for snapshot in vm.snapshots},
+        "run_dir": canonical.RUN,
+        "log_dir": "",
+        "created_at": timestamp(vm.created_at),
+        "updated_at": timestamp(vm.updated_at),
+        "started_at": timestamp(vm.started_at),
+        "stopped_at": timestamp(vm.stopped_at),
+        "name": vm.name,
+        "unit": vm.unit,
+        "uid": vm.uid,
+        "owner": {"uid": vm.access.uid, "gid": vm.access.gid, "mode": f"{vm.access.mode:04o}"},
+        "generation": vm.generation,
+        "reason": vm.reason,
+        "error": vm.error,
+        "user_paused": vm.user_paused,
+        "hypervisor_version": vm.hypervisor_version,
+        "booted": {"kernel": vm.booted.kernel, "initrd": vm.booted.initrd},
+        # A hash is no password, but not for everyone who may look at the index either.
+        "settings": {key: value for key, value in show_config(config).items() if key != "password"},
+    }
+
+
+def describe_index(vms: Iterable[Vm]) -> dict[str, Any]:
+    """Return the whole index, as `index.json` shows it."""
+    ordered = sorted(vms, key=lambda vm: vm.name)
+    return {
+        "vms": {vm.id: describe_vm(vm) for vm in ordered},
+        "names": {vm.name: vm.id for vm in ordered},
+    }
+
+
+def _storage(vm: Vm) -> list[dict[str, Any]]:
+    disks = []
+    if vm.config.storage:
+        disks.append({"path": f"{canonical.VM}/{canonical.COW}", "ro": False, "serial": ""})
+    number = 0
+    for disk in vm.config.disks:
+        if disk.is_host_path:
+            path = f"{canonical.DISKS}/{number}"
+            number += 1
+        else:
+            path = f"{canonical.VM}/data-{disk.name}.raw"
+        disks.append({"path": path, "ro": disk.readonly, "serial": disk.serial})
+    return disks

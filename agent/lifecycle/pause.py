@@ -1,0 +1,61 @@
+"""Pause and resume, and the way to a running VMM."""
+
+import functools
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+from agent.model.errors import Failed, Invalid, TimedOut
+from agent.model.vm import State, Vm
+from agent.vmm.driver import Vmm
+
+from .services import Services
+
+_PAUSE_LIMIT = 10.0  # seconds, from the contract's table of verbs
+
+
+@asynccontextmanager
+async def connected(services: Services, vm: Vm) -> AsyncIterator[Vmm]:
+    """Talk to the VM's VMM; raise Missing when its socket is not there, Failed if not its own."""
+    driver = services.drivers.get(vm.hypervisor)
+    if driver is None:
+        raise Failed(f"this agent has no backend {vm.hypervisor!r} to talk to VM {vm.name} with")
+    with services.tree.open_socket(vm) as socket:
+        directory = functools.partial(services.tree.open_directory, vm)
+        async with driver.connect(socket, directory) as vmm:
+            yield vmm
+
+
+async def pause(services: Services, vm_id: str) -> None:
+    """Stop the vCPUs, until the user resumes them."""
+    vm = services.vm(vm_id)
+    if vm.state is State.PAUSED:
+        return
+    if vm.state is not State.RUNNING:
+        raise Invalid(f"VM {vm.name} is {vm.state}: pause takes a VM that is running")
+    async with _within_limit(vm, "pause"), connected(services, vm) as vmm:
+        await vmm.pause()
+    services.note(vm_id, state=State.PAUSED, user_paused=True, reason="user-pause")
+
+
+async def resume(services: Services, vm_id: str) -> None:
+    """Let the vCPUs go on."""
+    vm = services.vm(vm_id)
+    if vm.state is State.RUNNING:
+        return
+    if vm.state is not State.PAUSED:
+        raise Invalid(f"VM {vm.name} is {vm.state}: resume takes a VM that is paused")
+    async with _within_limit(vm, "resume"), connected(services, vm) as vmm:
+        await vmm.resume()
+    services.note(vm_id, state=State.RUNNING, user_paused=False, reason="user-resume")
+
+
+@asynccontextmanager
+async def _within_limit(vm: Vm, verb: str) -> AsyncIterator[None]:
+    with trio.move_on_after(_PAUSE_LIMIT) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise TimedOut(
+            f"the VMM of {vm.name} did not {verb} within {_PAUSE_LIMIT:.0f} seconds: kill the VM"
+        )

@@ -1,0 +1,344 @@
+"""The way up: choose a backend, prepare the files, start the unit, wait until the guest runs."""
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+
+import trio
+
+from agent.model import canonical
+from agent.model.config import HYPERVISORS
+from agent.model.errors import CocoonError, Exists, Failed, Invalid, Missing, TimedOut, Unsupported
+from agent.model.launch import Bind, LaunchPlan
+from agent.model.snapshot import Snapshot
+from agent.model.vm import BootFiles, DirtyBase, State, Vm
+from agent.storage.snapshots import MEMORY, STATE
+from agent.systemd.unit import environment_file, running_properties, vm_unit
+from agent.systemd.users import write_user
+from agent.vmm.driver import Driver, Version, Vmm, VmmState
+
+from .pause import connected
+from .services import Services
+from .steps import step
+from .stop import KILL_LIMIT, check_not_killed, describe_exit, ended, let_go
+
+_AFTERWARDS = 0.01  # seconds
+_UNDO_LIMIT = 15.0  # seconds
+_FIRST_LOOK = 0.002  # seconds
+_log = logging.getLogger(__name__)
+_START_LIMIT = 60.0  # seconds, from the contract's table of verbs
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """That a start goes on from `snapshot`; `state` is what the VM is in until it runs."""
+
+    snapshot: Snapshot
+    reason: str
+    state: State = State.STARTING
+
+
+async def start(services: Services, vm_id: str) -> None:
+    """Start the VM; returns when its guest runs.
+
+    All that can be refused is checked and prepared before the unit is started; when it fails after
+    that, the unit is ended and the VM is in error.
+    """
+    vm = services.vm(vm_id)
+    if vm.state is State.RUNNING:
+        return
+    if vm.state not in (State.CREATED, State.STOPPED, State.ERROR):
+        raise Invalid(f"VM {vm.name} is {vm.state}: start takes one that is created or stopped")
+    with trio.move_on_after(_START_LIMIT) as scope:
+        prepared, plan = await prepare(services, vm)
+        await launch(services, prepared, plan)
+    if scope.cancelled_caught:
+        raise TimedOut(
+            f"VM {vm.name} did not start within {_START_LIMIT:.0f} seconds: "
+            f"see journalctl -u {vm.unit}"
+        )
+
+
+async def recollect(services: Services, vm_id: str) -> Vm:
+    """Record what an agent that died right after the VM's first start had no time to record."""
+    vm = services.vm(vm_id)
+    if vm.hypervisor:
+        return vm
+    loads = vm.is_to_be_cloned
+    booted = vm.booted if loads else await _store_boot_files(services, vm)
+    vm, _ = await plan_launch(services, dataclasses.replace(vm, booted=booted), loads=loads)
+    return services.note(
+        vm_id,
+        hypervisor=vm.hypervisor,
+        hypervisor_version=vm.hypervisor_version,
+        booted=booted,
+    )
+
+
+async def plan_launch(services: Services, vm: Vm, *, loads: bool = False) -> tuple[Vm, LaunchPlan]:
+    """Return `vm` with its backend chosen, and what to launch; Unsupported says why not."""
+    if vm.config.hypervisor != "auto":
+        driver = services.drivers.get(vm.config.hypervisor)
+        if driver is None:
+            raise Unsupported(
+                f"this version of the agent has no backend {vm.config.hypervisor}: "
+                f"set hypervisor to one of {', '.join(services.drivers)}"
+            )
+        return _planned(vm, driver, await driver.version(), loads)
+    drivers = [services.drivers[name] for name in HYPERVISORS if name in services.drivers]
+    obstacles = {driver.name: await driver.obstacle() for driver in drivers}
+    reasons = []
+    # Those that most guests would fail on come last, and better than nothing.
+    for driver in sorted(drivers, key=lambda driver: bool(obstacles[driver.name])):
+        try:
+            return _planned(vm, driver, await driver.version(), loads)
+        except CocoonError as error:
+            reasons.append(f"{driver.name}: {error}")
+    raise Unsupported(f"no backend of this host can run VM {vm.name}: {'; '.join(reasons)}")
+
+
+def _planned(vm: Vm, driver: Driver, version: Version, loads: bool) -> tuple[Vm, LaunchPlan]:
+    vm = dataclasses.replace(vm, hypervisor=driver.name, hypervisor_version=version.text)
+    return vm, driver.plan(vm, version, loads=loads)
+
+
+async def prepare(
+    services: Services, vm: Vm, loading: Loading | None = None
+) -> tuple[Vm, LaunchPlan]:
+    """Make all that the unit needs; nothing of it changes what the VM is.
+
+    For a VM that is loaded, its directory has been filled already.
+    """
+    services.claim_host()
+    if vm.config.cpu > services.host_cpus:
+        raise Invalid(f"VM {vm.name} has {vm.config.cpu} CPUs, this host {services.host_cpus}")
+    if loading is None and services.snapshots.has_loaded(vm):
+        forgetting = f"removing what VM {vm.name} was loaded from"
+        await services.tree.in_thread(forgetting, services.snapshots.forget_loaded, vm)
+    if loading is None or vm.config.boot is not None:
+        vm = dataclasses.replace(vm, booted=await _store_boot_files(services, vm))
+    vm, plan = await plan_launch(services, vm, loads=loading is not None)
+    plan = dataclasses.replace(plan, binds=(*plan.binds, *await _boot_binds(services, vm)))
+    if loading is not None:
+        plan = dataclasses.replace(plan, binds=(*plan.binds, *_bound(services, vm, loading)))
+    environment = environment_file(vm, plan, services.paths(vm), boot=loading is None)
+    try:
+        # In memory, as all of /run. First: by it the next agent sees what to give back.
+        write_user(vm.uid)
+        devices = await services.tree.prepare_vm(vm, plan.files, environment)
+        await services.consoles.open(vm)
+    except BaseException:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + _UNDO_LIMIT):
+            await let_go(services, vm)
+        raise
+    return vm, dataclasses.replace(plan, devices=(*plan.devices, *devices))
+
+
+async def _store_boot_files(services: Services, vm: Vm) -> BootFiles:
+    boot = vm.config.boot
+    if boot is None and vm.from_snapshot:
+        raise Missing(
+            f"VM {vm.name} came from a snapshot without its kernel, so it cannot boot again: write "
+            '{"kernel": NAME} to its boot file, with a kernel from the agent\'s boot directory'
+        )
+    if boot is None:
+        raise Invalid(
+            f'VM {vm.name} has nothing to boot: write {{"kernel": NAME}} to its boot file, with a '
+            "kernel from the agent's boot directory"
+        )
+    return await services.kernels.store(boot, before=vm.booted)
+
+
+async def _boot_binds(services: Services, vm: Vm) -> tuple[Bind, ...]:
+    """Return what puts kernel and initrd where the VMM looks for them."""
+    binds = []
+    if vm.booted.kernel:
+        needs_elf = services.drivers[vm.hypervisor].capabilities.elf_kernel
+        kernel = services.kernels.path(vm.booted.kernel)
+        if needs_elf:
+            name = vm.config.boot.kernel if vm.config.boot else "the kernel"
+            kernel = await services.kernels.elf(vm.booted.kernel, name)
+        binds.append(Bind(kernel, canonical.KERNEL))
+    if vm.booted.initrd:
+        binds.append(Bind(services.kernels.path(vm.booted.initrd), canonical.INITRD))
+    return tuple(binds)
+
+
+def _bound(services: Services, vm: Vm, loading: Loading) -> Iterator[Bind]:
+    """Return what puts disks where the VMM's state expects them."""
+    for bound in loading.snapshot.binds:
+        yield Bind(services.snapshots.bound(vm, bound.name), bound.path, readonly=False)
+
+
+async def launch(
+    services: Services, vm: Vm, plan: LaunchPlan, loading: Loading | None = None
+) -> None:
+    """Start the unit and wait until the guest runs; else end it and leave the VM in error."""
+    began = time.time()
+    try:
+        if vm.state is State.ERROR:
+            await services.units.reset_failed(vm)
+        check_not_killed(services, vm)
+        vm = services.note(
+            vm.id,
+            state=loading.state if loading else State.STARTING,
+            reason=loading.reason if loading else "boot",
+            error="",
+            config=vm.config,
+            hypervisor=vm.hypervisor,
+            hypervisor_version=vm.hypervisor_version,
+            booted=vm.booted,
+            started_at=began,
+        )
+        properties = vm_unit(_restartable(vm, plan), plan, services.paths(vm))
+        if loading is None:
+            # A boot is not throttled by what leaves room for the guest and its devices.
+            properties += running_properties(vm)
+        result = await services.units.start(vm, properties)
+        check_not_killed(services, vm)
+        if result != "done":
+            raise await _failure(services, vm, f"systemd says {result}")
+        unit = await services.units.started_state(vm)
+        if unit is None or not unit.main_pid:
+            raise await _failure(services, vm, "it ended")
+        await _wait_until_running(services, vm, unit.main_pid, loading)
+        if loading is not None:
+            step(f"{loading.reason}:loaded")
+            await loaded(services, vm, plan, loading, unit.main_pid)
+            return
+        check_not_killed(services, vm)
+        # A VM that runs has a console that outlives the agent.
+        await services.consoles.keep(vm, unit.main_pid)
+        services.note(vm.id, state=State.RUNNING, pid=unit.main_pid, first_booted=True)
+        services.background.start_soon(show_machine, services, vm.id)
+    except BaseException as error:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + _UNDO_LIMIT):
+            if not isinstance(error, Exists):  # else the unit is somebody else's
+                await services.units.kill(vm, KILL_LIMIT)
+            await ended(services, vm.id, State.ERROR, reason="crash", error=str(error))
+        raise
+
+
+async def loaded(services: Services, vm: Vm, plan: LaunchPlan, loading: Loading, pid: int) -> None:
+    """Record that the process `pid` has loaded its guest."""
+    # What systemd restarts by itself boots from its own disk.
+    environment = environment_file(vm, plan, services.paths(vm))
+    await services.tree.write_environment(vm, environment)
+    await services.consoles.keep(vm, pid)
+    check_not_killed(services, vm)
+    services.note(
+        vm.id,
+        state=State.RUNNING,
+        reason=loading.reason,
+        config=vm.config,
+        booted=vm.booted,
+        pid=pid,
+        user_paused=False,
+        first_booted=True,
+        restoring="",
+        dirty_base=DirtyBase(loading.snapshot.id, pid) if vm.config.track_dirty else None,
+    )
+    services.background.start_soon(look_after, services, vm.id)
+
+
+def _restartable(vm: Vm, plan: LaunchPlan) -> Vm:
+    """Return `vm` as systemd may restart it: not at all without anything to boot."""
+    if plan.boot_arguments:
+        return vm
+    return dataclasses.replace(vm, config=dataclasses.replace(vm.config, restart="no"))
+
+
+async def _wait_until_running(
+    services: Services, vm: Vm, pid: int, loading: Loading | None = None
+) -> None:
+    """Wait until the VMM answers that its guest runs; raise Failed when it ends instead."""
+    driver = services.drivers[vm.hypervisor]
+    began = trio.current_time()
+    async with _process(pid) as ended:
+        while not (services.tree.has_socket(vm) and (loading or driver.answers(pid))):
+            # Looks follow each other by a fixed part of the time gone by: a start that takes 20 ms
+            # is seen within 2, and 64 starts at once that take a second each cost next to nothing.
+            if await ended(max(_FIRST_LOOK, (trio.current_time() - began) / 8)):
+                raise await _failure(services, vm, "it ended")
+    try:
+        async with connected(services, vm) as vmm:
+            if loading is not None:
+                await _load(vm, vmm)
+                return
+            state = await vmm.state()
+    except CocoonError as error:
+        raise await _failure(services, vm, str(error)) from error
+    if state is not VmmState.RUNNING:
+        raise await _failure(services, vm, "its guest does not run")
+
+
+async def _load(vm: Vm, vmm: Vmm) -> None:
+    state, memory = (f"{canonical.VM}/{name}" for name in (STATE, MEMORY))
+    await vmm.load(state, memory, track_dirty=vm.config.track_dirty)
+
+
+@asynccontextmanager
+async def _process(pid: int) -> AsyncIterator[Callable[[float], Awaitable[bool]]]:
+    """Give a function that waits, some seconds at most, for the process to end."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        descriptor = -1
+
+    async def ended(within: float) -> bool:
+        if descriptor < 0:
+            return True
+        with trio.move_on_after(within):
+            await trio.lowlevel.wait_readable(descriptor)
+            return True
+        return False
+
+    try:
+        yield ended
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+async def _failure(services: Services, vm: Vm, what: str) -> CocoonError:
+    record = services.exit_record(vm)
+    status = f" ({describe_exit(record)})" if record else ""
+    words = await services.units.last_words(vm)
+    said = f": {words}" if words else ""
+    return Failed(f"{vm.hypervisor} did not start VM {vm.name}: {what}{status}{said}")
+
+
+async def look_after(services: Services, vm_id: str) -> None:
+    """Do what a VM needs that runs already or has loaded its guest: fd store, quota, machined.
+
+    Each of it can be repeated; an agent that died in between is made good by the next.
+    """
+    vm = services.index.vms.get(vm_id)
+    if vm is not None and vm.pid:
+        with _reporting_trouble(services, vm):
+            await services.consoles.keep(vm, vm.pid)
+            await services.units.set_properties(vm, running_properties(vm))
+    await show_machine(services, vm_id)
+
+
+async def show_machine(services: Services, vm_id: str) -> None:
+    """Show the VM in `machinectl`, a moment after who waits for the start has been told."""
+    await trio.sleep(_AFTERWARDS)
+    vm = services.index.vms.get(vm_id)
+    if vm is not None and vm.pid:
+        with _reporting_trouble(services, vm):
+            await services.units.register_machine(vm)
+
+
+@contextmanager
+def _reporting_trouble(services: Services, vm: Vm) -> Iterator[None]:
+    try:
+        yield
+    except CocoonError as error:
+        now = services.index.vms.get(vm.id)
+        if now is not None and now.pid == vm.pid:
+            _log.warning("VM %s runs, but not all about it is set up: %s", vm.name, error)

@@ -1,0 +1,117 @@
+"""What becomes of VMs without anybody asking: guests power off, VMMs die, systemd restarts them."""
+
+import functools
+
+import trio
+
+from agent.model.vm import UNIT_PREFIX, State, Vm
+from agent.systemd.watch import Resync, UnitChange, UnitState
+
+from .operation import Operations
+from .services import PROCESS_GONE, RESTING, Services
+from .start import look_after
+from .stop import describe_exit, ended
+
+_UP = frozenset({State.STARTING, State.RUNNING, State.PAUSED, State.SAVING, State.RESTORING})
+
+
+async def watch(
+    services: Services,
+    operations: Operations,
+    *,
+    task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Follow the VMs' units for ever, and settle each VM whose record says otherwise."""
+    waiting: dict[str, UnitState | None] = {}
+    async with services.units.changes() as changes:
+        task_status.started()
+        async for change in changes:
+            match change:
+                case Resync():
+                    for vm in services.index.vms.all():
+                        work = functools.partial(settle, services, vm.id)
+                        operations.run_in_turn(vm.id, work)
+                case UnitChange(unit, state):
+                    _note_change(services, operations, waiting, unit, state)
+
+
+def _note_change(
+    services: Services,
+    operations: Operations,
+    waiting: dict[str, UnitState | None],
+    unit: str,
+    state: UnitState | None,
+) -> None:
+    """Settle the VM in its turn; `waiting` has the newest state of each VM that waits for that."""
+    vm = services.index.vms.named(unit.removeprefix(UNIT_PREFIX).removesuffix(".service"))
+    if vm is None:
+        return
+    vm_id = vm.id
+    has_place = vm_id in waiting
+    waiting[vm_id] = state
+    if has_place:
+        return
+
+    async def settle_if_needed() -> None:
+        # By now the operation that caused the changes, if one did, has recorded what they led to.
+        state = waiting.pop(vm_id)
+        now = services.index.vms.get(vm_id)
+        if now is not None and not _agrees(now, state):
+            await settle(services, vm_id)
+
+    operations.run_in_turn(vm_id, settle_if_needed)
+
+
+def _is_over(state: UnitState | None) -> bool:
+    return state is None or state.active in ("inactive", "failed")
+
+
+def _agrees(vm: Vm, state: UnitState | None) -> bool:
+    if state is None or _is_over(state):
+        return vm.state in RESTING
+    return state.active == "active" and vm.state in _UP and vm.pid == state.main_pid
+
+
+async def settle(services: Services, vm_id: str) -> None:
+    """Make the record say what systemd says; call it in the VM's turn."""
+    vm = services.vm(vm_id)
+    unit = await services.units.state(vm)
+    match unit.active if unit else "inactive":
+        case "active" | "reloading":
+            assert unit is not None
+            await services.consoles.open(vm)
+            if vm.pid != unit.main_pid or vm.state not in _UP:
+                reason = "restart" if vm.pid not in (0, unit.main_pid) else vm.reason
+                services.note(vm_id, state=State.RUNNING, pid=unit.main_pid, reason=reason)
+                services.background.start_soon(look_after, services, vm_id)
+        case "activating":
+            # systemd waits in opening the FIFOs until somebody holds them.
+            await services.consoles.open(vm)
+            if vm.state is not State.STARTING:
+                services.note(vm_id, state=State.STARTING, reason="restart", **PROCESS_GONE)
+        case "deactivating":
+            # Without a main process the guest has ended by itself, and the end comes in a moment.
+            assert unit is not None
+            asked = vm.state is State.STOPPING or vm_id in services.killed
+            if unit.main_pid and not asked:
+                services.note(vm_id, state=State.STOPPING, reason="systemd-stop")
+        case _:
+            if vm.state not in RESTING:
+                await record_end(services, vm)
+
+
+async def record_end(services: Services, vm: Vm) -> None:
+    """Record why a process ended that nobody was waiting for."""
+    record = services.exit_record(vm)
+    if record is None:
+        # Nothing wrote it: the host went down with the VM running.
+        await ended(services, vm.id, State.STOPPED, reason="host-boot")
+    elif record.result == "success":
+        reason = vm.reason if vm.state is State.STOPPING else "guest-exit"
+        await ended(services, vm.id, State.STOPPED, reason=reason)
+    else:
+        words = await services.units.last_words(vm)
+        error = f"{vm.hypervisor} of VM {vm.name} {describe_exit(record)}"
+        if words:
+            error += f": {words}"
+        await ended(services, vm.id, State.ERROR, reason="crash", error=error)

@@ -1,0 +1,72 @@
+"""`hypervisor: auto` takes the first backend that runs guests here, and says why none does."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from agent.lifecycle.start import plan_launch
+from agent.model.access import Access
+from agent.model.config import VmConfig
+from agent.model.errors import Missing, Unsupported
+from agent.model.launch import LaunchPlan
+from agent.model.vm import Vm
+from agent.vmm.driver import Version
+
+pytestmark = pytest.mark.anyio
+
+
+class Backend:
+    """A backend that has an obstacle, is missing, or refuses what is asked of it."""
+
+    def __init__(self, name, obstacle="", missing="", refusal=""):
+        self.name = name
+        self._obstacle, self._missing, self._refusal = obstacle, missing, refusal
+
+    async def obstacle(self):
+        return self._obstacle
+
+    async def version(self):
+        if self._missing:
+            raise Missing(self._missing)
+        return Version(f"/usr/bin/{self.name}", "1.0", (1, 0))
+
+    def plan(self, vm, version, *, loads=False):
+        if self._refusal:
+            raise Unsupported(self._refusal)
+        return LaunchPlan(version.binary, (), (), {}, 1)
+
+
+async def chosen(*backends, hypervisor="auto"):
+    services = SimpleNamespace(drivers={backend.name: backend for backend in backends})
+    vm = Vm("a" * 26, "web", 70000, Access(0, 0), VmConfig(hypervisor=hypervisor))
+    vm, plan = await plan_launch(services, vm)
+    assert plan.binary == f"/usr/bin/{vm.hypervisor}"
+    return vm.hypervisor
+
+
+async def test_firecracker_comes_first_where_kvm_works():
+    assert await chosen(Backend("qemu"), Backend("firecracker")) == "firecracker"
+
+
+@pytest.mark.parametrize(
+    "hindered", [{"obstacle": "no KVM"}, {"missing": "no program"}, {"refusal": "no serials"}]
+)
+async def test_qemu_is_taken_where_firecracker_cannot_be(hindered):
+    assert await chosen(Backend("firecracker", **hindered), Backend("qemu")) == "qemu"
+
+
+async def test_a_backend_with_an_obstacle_is_better_than_none():
+    firecracker = Backend("firecracker", obstacle="no KVM")
+    assert await chosen(firecracker, Backend("qemu", missing="no program")) == "firecracker"
+
+
+async def test_who_names_a_backend_gets_it():
+    firecracker = Backend("firecracker", obstacle="no KVM")
+    assert await chosen(firecracker, Backend("qemu"), hypervisor="firecracker") == "firecracker"
+
+
+async def test_when_none_can_each_says_why():
+    with pytest.raises(Unsupported, match="firecracker: no serials; qemu: no program"):
+        await chosen(
+            Backend("firecracker", refusal="no serials"), Backend("qemu", missing="no program")
+        )
