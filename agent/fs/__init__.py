@@ -1,0 +1,1 @@
+"""The FUSE tree: file operations into calls, errors into errnos."""
