@@ -1,0 +1,165 @@
+"""Builds the rooms, hands them to each other, and runs them until told to stop."""
+
+import functools
+import grp
+import logging
+import os
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import trio
+
+from . import logs
+from .console.consoles import Consoles
+from .fs.mount import mounted
+from .index.store import open_index
+from .lifecycle.configure import empty_trash
+from .lifecycle.events import Events
+from .lifecycle.host import Host, report
+from .lifecycle.operation import Operations
+from .lifecycle.reconcile import ask_vmms, host_has_booted, reconcile
+from .lifecycle.recover import clear_snapshots, is_unfinished, recover
+from .lifecycle.services import Services
+from .lifecycle.units import Units
+from .lifecycle.watch import watch
+from .lock import VmsLock, only_agent
+from .model.access import AGENT
+from .model.errors import CocoonError
+from .model.vm import State
+from .service import Service
+from .settings import Settings
+from .storage.kernel import KernelStore
+from .storage.snapshots import SnapshotStore
+from .storage.tree import Tree
+from .systemd.bus import open_bus
+from .systemd.drop_in import drop_in, write_drop_in
+from .systemd.jail import make_jail
+from .systemd.manager import Manager, open_manager
+from .vmm.firecracker import Firecracker
+from .vmm.qemu import Qemu
+
+_HELPERS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "helpers")
+_log = logging.getLogger(__name__)
+
+
+async def run(settings: Settings, load: Callable[[], Settings]) -> None:
+    """Run the agent until SIGTERM or SIGINT; VMs go on when it ends.
+
+    `load` gives the settings anew on SIGHUP. Raises CocoonError, saying what to do, when the agent
+    cannot start; groups of errors hold faults only.
+    """
+    tree = Tree(settings.root_dir, settings.run_dir)
+    await tree.prepare()
+    with only_agent(tree.root):
+        async with (
+            open_index(tree.index) as index,
+            open_bus() as bus,
+            open_manager(bus) as manager,
+            _lasting_nursery() as lasting,
+            trio.open_nursery() as nursery,
+        ):
+            service = Service()
+            await _prepare_systemd(tree, manager)
+            events = Events(tree.log, settings.events_limit)
+            # Operations that are cut off tell of it, and close consoles, when all else ends.
+            lasting.start_soon(events.run)
+            consoles = Consoles(tree.run, tree.log, log_limit=settings.console_limit)
+            await lasting.start(consoles.run)
+            drivers = (Firecracker(settings.firecracker), Qemu(settings.qemu))
+            services = Services(
+                index=index,
+                units=Units(manager, bus),
+                consoles=consoles,
+                tree=tree,
+                kernels=KernelStore(tree),
+                drivers={driver.name: driver for driver in drivers},
+                events=events,
+                background=nursery,
+                host_cpus=os.cpu_count() or 1,
+                jail=_jail(tree),
+                claim_host=VmsLock().claim,
+                snapshots=SnapshotStore(tree),
+            )
+            operations = Operations(nursery, functools.partial(report, services))
+            booted = await host_has_booted(services)
+            unfinished = [vm for vm in index.vms.all() if is_unfinished(vm)]
+            for vm in unfinished:
+                operations.run_in_turn(vm.id, functools.partial(recover, services, vm.id))
+            await nursery.start(watch, services, operations)
+            running = await reconcile(services, unfinished)
+            await clear_snapshots(services)
+            nursery.start_soon(empty_trash, services)
+            host = Host(services, operations, _group(settings.group))
+            nursery.start_soon(
+                service.obey_signals,
+                nursery.cancel_scope.cancel,
+                functools.partial(_reload, load),
+            )
+            async with mounted(host, settings.mount):
+                service.ready()
+                nursery.start_soon(ask_vmms, services, running)
+                nursery.start_soon(service.feed_watchdog, settings.mount)
+                nursery.start_soon(service.show_status, functools.partial(_status, host))
+                if booted:
+                    _autostart(host)
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    service.stopping()
+
+
+@asynccontextmanager
+async def _lasting_nursery() -> AsyncIterator[trio.Nursery]:
+    """Lend a nursery whose tasks run until the body has ended, however that ends."""
+    async with trio.open_nursery() as nursery:
+        try:
+            yield nursery
+        finally:
+            nursery.cancel_scope.cancel()
+
+
+async def _prepare_systemd(tree: Tree, manager: Manager) -> None:
+    """Make what all VMs' units share: the jail's skeleton and the drop-in."""
+    await tree.in_thread("making the jail", make_jail, _jail(tree))
+    text = drop_in(_HELPERS, sys.executable)
+    if await tree.in_thread("writing the drop-in of the VMs' units", write_drop_in, text):
+        await manager.reload()
+
+
+def _jail(tree: Tree) -> str:
+    return f"{tree.run}/jail"
+
+
+def _group(name: str) -> int:
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        _log.warning(
+            "there is no group %s: only root creates VMs (groupadd --system %s)", name, name
+        )
+        return 0
+
+
+def _reload(load: Callable[[], Settings]) -> None:
+    try:
+        settings = load()
+    except CocoonError as error:
+        _log.error("the settings stay as they are: %s", error)
+        return
+    logs.set_level(settings.log_level)
+    _log.info("settings read again; what is not log_level holds from the next start")
+
+
+def _status(host: Host) -> str:
+    counts = Counter(vm.state for vm in host.vms())
+    running = counts[State.RUNNING] + counts[State.PAUSED]
+    failed = f", {counts[State.ERROR]} in error" if counts[State.ERROR] else ""
+    return f"{sum(counts.values())} VMs, {running} running{failed}"
+
+
+def _autostart(host: Host) -> None:
+    for vm in host.vms():
+        if vm.config.autostart and vm.state in (State.STOPPED, State.CREATED):
+            host.command(AGENT, vm.id, "start")
