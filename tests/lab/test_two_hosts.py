@@ -1,0 +1,55 @@
+"""Two bare hosts, a lab each: what one exports, the other one clones, and boots cold."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+RUN = str(Path(__file__).with_name("run"))
+
+FIRST = """
+mkdir /cocoon/vms/a
+config='{"hypervisor": "firecracker", "memory": "64M", "storage": "8M"}'
+echo "$config" > /cocoon/vms/a/config
+cp "$COCOON_TEST_GUESTS/guest.elf" /var/lib/vmlinux
+echo '{"kernel": "/var/lib/vmlinux"}' > /cocoon/vms/a/boot
+echo start > /cocoon/vms/a/state
+until grep -q '^count 20' /cocoon/vms/a/console; do sleep 0.1; done
+echo nightly > /cocoon/vms/a/snapshot
+cp /cocoon/snapshots/nightly.tar /var/lib/cocoon/export.tar
+"""
+
+SECOND = """
+mkdir -p /run/systemd/system/cocoon-host.service.d
+printf '[Service]\\nEnvironment=COCOON_ROOT_DIR=/var/lib/elsewhere/cocoon\\n' \
+    > /run/systemd/system/cocoon-host.service.d/50-root.conf
+systemctl daemon-reload
+systemctl restart cocoon-host
+test -d /var/lib/elsewhere/cocoon/snapshots
+cp /var/lib/cocoon/export.tar /cocoon/snapshots/nightly.tar
+echo '{"name": "b", "from": "nightly", "state": "start"}' > /cocoon/create
+until grep -q '^count' /cocoon/vms/b/console; do sleep 0.1; done
+grep -m 1 '^count' /cocoon/vms/b/console
+echo stop > /cocoon/vms/b/state
+echo start > /cocoon/vms/b/state
+until grep -q '^count 2\\b' /cocoon/vms/b/console; do sleep 0.1; done
+cat /cocoon/vms/b/state
+"""
+
+
+def on_a_host(script: str, state: Path) -> str:
+    """Run the script on a host of its own, which keeps `state` in its /var/lib/cocoon."""
+    command = [RUN, "--agent", "--state", str(state), "--", "bash", "-euc", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_snapshot_goes_on_on_another_host_and_boots_cold_there(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    on_a_host(FIRST, first)
+    shutil.move(first / "export.tar", second / "export.tar")
+    line, state = on_a_host(SECOND, second).splitlines()
+    assert int(line.split()[1]) >= 20
+    assert state == "running"
