@@ -1,0 +1,77 @@
+"""An agent that dies before it has written down that it started a VM."""
+
+import json
+import os
+import sqlite3
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ACL = "system.posix_acl_access"
+
+
+def forget_start(agent, name):
+    """Put the VM's row to what it was before its first start."""
+    with sqlite3.connect(agent.root_dir / "index.db") as index:
+        ((vm_id, text),) = index.execute("SELECT id, record FROM vms WHERE name = ?", (name,))
+        before = {
+            "state": "created",
+            "hypervisor": "",
+            "hypervisor_version": "",
+            "pid": 0,
+            "first_booted": False,
+            "started_at": 0,
+        }
+        record = json.loads(text) | before
+        if not record["from_snapshot"]:
+            record["booted"] = {"kernel": "", "initrd": "", "source": None}
+        index.execute("UPDATE vms SET record = ? WHERE id = ?", (json.dumps(record), vm_id))
+    index.close()
+
+
+@pytest.mark.parametrize("kind", ["boot", "clone"])
+def test_a_vm_whose_start_was_not_written_down_goes_on(agent, make_vm, kind):
+    vm = make_vm()
+    snapshot = agent.mount / "snapshots" / f"early-{kind}.tar"
+    if kind == "clone":
+        vm.verb("start")
+        vm.write("snapshot", snapshot.stem)
+        vm = make_vm(hypervisor=None, memory=None, boot=None)
+        vm.write("from", snapshot.stem)
+    vm.verb("start")
+    pid = vm.pid
+    agent.stop()
+    forget_start(agent, vm.name)
+    agent.start()
+    vm.wait_for_state("running")
+    assert vm.pid == pid
+    vm.wait_counting()
+    vm.verb("pause")
+    vm.verb("resume")
+    vm.write("snapshot", f"late-{kind}")
+    vm.verb("stop")
+    vm.verb("start")
+    vm.wait_counting()
+    (agent.mount / "snapshots" / f"late-{kind}.tar").unlink()
+    if kind == "clone":
+        snapshot.unlink()
+
+
+def test_what_a_start_has_taken_is_given_back_after_a_death_in_its_midst(agent, make_vm):
+    disk = Path("/run/lab-lent")
+    disk.write_bytes(bytes(1 << 20))
+    disk.chmod(0o600)
+    vm = make_vm(disks=[{"path": str(disk), "readonly": True}])
+    vm.verb("start")
+    uid = json.loads(vm.read("info.json"))["uid"]
+    agent.stop()
+    forget_start(agent, vm.name)
+    subprocess.run(["systemctl", "stop", vm.unit], check=True, timeout=60)
+    assert Path(f"/run/userdb/{uid}.user").exists()
+    assert uid.to_bytes(4, "little") in os.getxattr(disk, ACL)
+    agent.start()
+    assert vm.state == "created"
+    assert not Path(f"/run/userdb/{uid}.user").exists()
+    assert ACL not in os.listxattr(disk)
+    disk.unlink()

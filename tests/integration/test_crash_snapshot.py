@@ -1,0 +1,285 @@
+"""An agent that dies between any two steps: what it leaves is finished or undone by the next.
+
+Every acknowledged snapshot is whole then, every other one whole or gone, no VM is lost, left paused
+that its user had running, or resumed that its user had paused.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from snapshot_tools import MARKER, archive, dying_at, extract, names, settled
+
+pytestmark = pytest.mark.thorough
+
+AWAY = (errno.ECONNABORTED, errno.ENOTCONN, errno.ENOENT)
+
+
+@pytest.fixture
+def name(vm_name: Callable[[], str], agent: Any) -> Any:
+    name = f"snap-{vm_name()}"
+    yield name
+    for found in names(agent):
+        if found.startswith(name):
+            archive(agent, found).unlink()
+
+
+@contextlib.contextmanager
+def away() -> Iterator[None]:
+    """Run the body, in which the agent dies."""
+    with contextlib.suppress(ConnectionAbortedError):
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in AWAY:
+                raise
+
+
+def died(agent: Any, until: Callable[..., Any]) -> None:
+    """Wait until the agent has died at its step, and is back."""
+    until(MARKER.exists, what="the agent died at the step")
+    until(lambda: agent.is_active() and os.path.ismount(agent.mount), what="the agent is back")
+
+
+def started(make_vm: Callable[..., Any], **config: Any) -> Any:
+    vm = make_vm(storage="8M", **config)
+    vm.verb("start")
+    vm.wait_counting()
+    return vm
+
+
+def whole(agent: Any, name: str, make_vm: Callable[..., Any], tmp_path: Path) -> None:
+    """Fail unless the snapshot can be read and cloned."""
+    extract(archive(agent, name), tmp_path / name)
+    clone = make_vm(hypervisor=None, memory=None, boot=None)
+    clone.write("from", name)
+    clone.verb("start")
+    clone.wait_counting()
+    assert clone.counts[0] > 1
+    clone.remove()
+
+
+TAKE = [
+    "recorded",
+    "prepared",
+    "paused",
+    "written",
+    "copied",
+    "resumed",
+    "collected",
+    "sealed",
+    "published",
+    "ready",
+]
+
+
+@pytest.mark.parametrize("paused", [False, True], ids=["running", "paused"])
+@pytest.mark.parametrize("step", TAKE)
+def test_taking(agent, make_vm, until, name, tmp_path, step, paused):
+    with dying_at(agent, f"take:{step}"):
+        vm = started(make_vm)
+        if paused:
+            vm.verb("pause")
+        with away():
+            vm.write("snapshot", name)
+        died(agent, until)
+        vm.wait_for_state("paused" if paused else "running")
+        if paused:
+            assert vm.state == "paused"
+            vm.verb("resume")
+        seen = len(vm.counts)
+        vm.wait_counting()
+        counts = vm.counts
+        assert counts == list(range(1, len(counts) + 1))
+        assert len(counts) > seen
+        settled(agent)
+        assert (name in names(agent)) == (step == "ready")
+        if step == "ready":
+            whole(agent, name, make_vm, tmp_path)
+        vm.write("snapshot", f"{name}-2")
+        whole(agent, f"{name}-2", make_vm, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "step",
+    ["recorded", "prepared", "paused", "written", "copied", "collected", "sealed", "published"],
+)
+def test_hibernating(agent, make_vm, until, name, step):
+    with dying_at(agent, f"hibernate:{step}"):
+        vm = started(make_vm)
+        with away():
+            vm.write("hibernate", name)
+        died(agent, until)
+        vm.wait_for_state("running")
+        vm.wait_counting()
+        counts = vm.counts
+        assert counts == list(range(1, len(counts) + 1))
+        assert name not in names(agent)
+        settled(agent)
+
+
+@pytest.mark.parametrize("step", ["ready", "killed"])
+def test_hibernating_once_the_snapshot_is_durable(agent, make_vm, until, name, step):
+    with dying_at(agent, f"hibernate:{step}"):
+        vm = started(make_vm)
+        with away():
+            vm.write("hibernate", name)
+        died(agent, until)
+        vm.wait_for_state("stopped")
+        settled(agent)
+        lines = len(vm.counts)
+        vm.write("restore", name)
+        vm.wait_counting()
+        assert vm.counts[lines] > 1
+
+
+@pytest.mark.parametrize("step", ["begun", "whole", "recorded", "published", "ready"])
+def test_importing(agent, make_vm, until, name, tmp_path, step):
+    with dying_at(agent, f"import:{step}"):
+        vm = started(make_vm)
+        vm.write("snapshot", name)
+        copy = tmp_path / "copy.tar"
+        shutil.copyfile(archive(agent, name), copy)
+        with away():
+            shutil.copyfile(copy, archive(agent, f"{name}-2"))
+        died(agent, until)
+        settled(agent)
+        assert (f"{name}-2" in names(agent)) == (step == "ready")
+        assert name in names(agent)
+        if step == "ready":
+            whole(agent, f"{name}-2", make_vm, tmp_path)
+        shutil.copyfile(copy, archive(agent, f"{name}-3"))
+        whole(agent, f"{name}-3", make_vm, tmp_path)
+
+
+@pytest.mark.parametrize("step", ["filled", "prepared", "loaded", "running"])
+def test_cloning(agent, make_vm, until, name, step):
+    with dying_at(agent, f"clone:{step}"):
+        vm = started(make_vm)
+        vm.write("snapshot", name)
+        clone = make_vm(hypervisor=None, memory=None, boot=None)
+        clone.write("from", name)
+        with away():
+            clone.verb("start")
+        died(agent, until)
+        if step in ("loaded", "running"):
+            clone.wait_for_state("running")
+        else:
+            assert clone.state in ("created", "stopped")
+            clone.verb("start")
+        clone.wait_counting()
+        assert clone.counts[0] > 1
+        clone.verb("stop")
+        lines = len(clone.counts)
+        clone.verb("start")
+        clone.wait_counting()
+        assert clone.counts[lines] == 1
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        "staged",
+        "recorded",
+        "killed",
+        "exchanged",
+        "loaded",
+        "running",
+        "synced",
+        "forgotten",
+    ],
+)
+def test_restoring(agent, make_vm, until, name, step, stopped):
+    with dying_at(agent, f"restore:{step}"):
+        vm = started(make_vm)
+        vm.write("snapshot", name)
+        if stopped:
+            vm.verb("stop")
+        lines = len(vm.counts)
+        with away():
+            vm.write("restore", name)
+        died(agent, until)
+        undone = step == "staged" or (step == "recorded" and not stopped)
+        vm.wait_for_state("stopped" if undone and stopped else "running")
+        settled(agent)
+        if not (undone and stopped):
+            until(lambda: len(vm.counts) > lines + 1)
+            counts = vm.counts
+            if undone:
+                assert counts == list(range(1, len(counts) + 1))
+            else:
+                assert counts[lines + 1] > 1
+        vm.write("restore", name)
+        assert vm.state == "running"
+        vm.wait_counting()
+        settled(agent)
+
+
+@pytest.mark.parametrize("step", ["recorded", "removed", "forgotten"])
+def test_deleting(agent, make_vm, until, name, step):
+    with dying_at(agent, f"delete:{step}"):
+        vm = started(make_vm)
+        vm.write("snapshot", name)
+        with away():
+            archive(agent, name).unlink()
+        died(agent, until)
+        assert name not in names(agent)
+        assert list((vm.path / "snapshots").iterdir()) == []
+        settled(agent)
+        vm.write("snapshot", name)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", range(100))
+def test_at_random(agent, make_vm, until, name, tmp_path, number, rng):
+    vm = started(make_vm)
+    paused = rng.random() < 0.3
+    vm.write("snapshot", f"{name}-0")
+    acknowledged = {f"{name}-0"}
+    if paused:
+        vm.verb("pause")
+    moves: dict[str, Callable[[], None]] = {
+        "take": lambda: vm.write("snapshot", f"{name}-1"),
+        "restore": lambda: vm.write("restore", f"{name}-0"),
+        "hibernate": lambda: vm.write("hibernate", f"{name}-1"),
+    }
+    move = rng.choice(sorted(moves))
+    failures: list[BaseException] = []
+
+    def act() -> None:
+        try:
+            moves[move]()
+            if move != "restore":
+                acknowledged.add(f"{name}-1")
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=act)
+    thread.start()
+    time.sleep(rng.random() * 0.4)
+    agent.kill()
+    thread.join()
+    until(lambda: os.path.ismount(agent.mount))
+    until(lambda: vm.state in ("running", "paused", "stopped"))
+    for failure in failures:
+        assert isinstance(failure, OSError), failure
+        assert failure.errno in AWAY, failure
+    assert acknowledged <= names(agent)
+    settled(agent)
+    if move == "take":
+        assert vm.state == ("paused" if paused else "running")
+    if move == "restore":
+        assert vm.state in ("running", "paused")
+    if move == "hibernate" and vm.state == "paused":
+        assert paused
+    for found in names(agent):
+        if found.startswith(name):
+            whole(agent, found, make_vm, tmp_path)

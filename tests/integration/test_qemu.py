@@ -1,0 +1,273 @@
+"""QEMU through the product: a real Linux guest, translated where KVM does not work."""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from snapshot_tools import archive, described, names, refused, settled
+
+from agent.vmm import kvm
+
+BUILD = Path(__file__).parents[1] / "guest/build-linux"
+BOOT_SECONDS = 180  # on a busy machine; some 5 on an idle one
+
+
+@pytest.fixture(scope="module")
+def linux() -> dict[str, str]:
+    """What to boot: Debian's kernel with an initrd that counts and runs what it reads."""
+    if shutil.which("qemu-system-x86_64") is None:
+        pytest.skip("qemu-system-x86_64 is not installed")
+    digest = hashlib.sha256(BUILD.read_bytes()).hexdigest()[:12]
+    built = Path(os.environ["COCOON_TEST_GUESTS"]).parent / f"linux-{digest}"
+    if not (built / "vmlinuz").exists():
+        subprocess.run([BUILD, built], check=True, timeout=300)
+    return {"kernel": str(built / "vmlinuz"), "initrd": str(built / "initrd")}
+
+
+@pytest.fixture
+def make_linux(linux: dict[str, str], make_vm: Callable[..., Any]) -> Callable[..., Any]:
+    """`make_linux(**config)` makes a VM of QEMU's with a disk of 16 MiB."""
+
+    def make(**config: Any) -> Any:
+        wanted = {"hypervisor": "qemu", "memory": "256M", "storage": "16M", "boot": linux}
+        return make_vm(**wanted | config)
+
+    return make
+
+
+@pytest.fixture
+def name(vm_name: Callable[[], str], agent: Any) -> Iterator[str]:
+    """The name of a snapshot, removed afterwards."""
+    name = f"snap-{vm_name()}"
+    yield name
+    for found in names(agent):
+        if found.startswith(name):
+            archive(agent, found).unlink()
+
+
+def wait_up(vm: Any, until: Callable[..., Any]) -> None:
+    until(lambda: "guest is up" in vm.read("console"), BOOT_SECONDS, "Linux is up")
+
+
+def told(vm: Any, until: Callable[..., Any], command: str) -> str:
+    """Return what the guest says to a command; the count may come between."""
+    before = len(vm.read("console"))
+    vm.write("console", f"echo '<<'; {command}; echo \">> $?\"")
+    said = until(
+        lambda: re.search(r"(?s)<<(.*)>> (\d+)\s", vm.read("console")[before:]),
+        BOOT_SECONDS,
+        f"the guest did {command}",
+    )
+    assert said[2] == "0", said[1]
+    lines = said[1].splitlines()
+    return "\n".join(line for line in lines if line and not line.startswith("count"))
+
+
+def write_disk(vm: Any, until: Callable[..., Any], word: str) -> None:
+    told(vm, until, f"echo {word} | dd of=/dev/vda bs=512 conv=sync,fsync 2>/dev/null")
+
+
+def disk_word(vm: Any, until: Callable[..., Any]) -> str:
+    command = "dd if=/dev/vda bs=512 count=1 iflag=direct 2>/dev/null | strings"
+    return told(vm, until, command).strip()
+
+
+def test_linux_boots_answers_pauses_and_powers_off(agent, make_linux, until):
+    data = [{"name": "data", "size": "8M", "serial": "blue-42", "readonly": True}]
+    vm = make_linux(disks=data)
+    vm.verb("start")
+    assert vm.state == "running"
+    wait_up(vm, until)
+    assert "QEMU" in told(vm, until, "cat /sys/class/dmi/id/sys_vendor")
+    disks = "cat /sys/block/vda/size /sys/block/vdb/size /sys/block/vdb/ro /sys/block/vdb/serial"
+    assert told(vm, until, disks).split() == ["32768", "16384", "1", "blue-42"]
+    vm.verb("pause")
+    assert vm.state == "paused"
+    time.sleep(0.5)  # what it said before is read now
+    seen = len(vm.counts)
+    time.sleep(1)  # five counts' time
+    assert len(vm.counts) == seen
+    vm.verb("resume")
+    vm.wait_counting(BOOT_SECONDS)
+    figures = dict(line.split() for line in vm.read("stats").splitlines())
+    assert figures["vcpus"] == "1"
+    assert int(figures["memory_bytes"]) < 400 << 20
+    write_disk(vm, until, "kept")
+    began = time.monotonic()
+    vm.verb("stop")
+    assert vm.state == "stopped"
+    assert time.monotonic() - began < 25  # below stop_timeout: the guest heard its button
+    assert any("power button: going down" in line for line in agent.lines(vm.unit))
+    assert any("Power down" in line for line in agent.lines(vm.unit))
+    vm.verb("start")
+    until(lambda: vm.read("console").count("guest is up") == 2, BOOT_SECONDS, "it is up again")
+    assert disk_word(vm, until) == "kept"
+    vm.write("console", "poweroff -f")
+    vm.wait_for_state("stopped", BOOT_SECONDS)
+
+
+def test_the_vmm_sees_only_its_jail(agent, make_linux, until):
+    vm = make_linux(stop_timeout=1)
+    vm.verb("start")
+    root = Path(f"/proc/{vm.pid}/root")
+    assert not list((root / "proc").glob("*")) if (root / "proc").exists() else True
+    assert {path.name for path in (root / "dev").iterdir() if path.stat().st_rdev} <= {
+        "kvm",
+        "null",
+    }
+    status = Path(f"/proc/{vm.pid}/status").read_text()
+    assert re.search(r"CapEff:\s+0+\n", status)
+    assert re.search(r"Seccomp:\s+2\n", status)
+    assert re.search(r"Uid:\s+[6-9]\d{4}\s", status)
+    memory = agent.root_dir / "vms" / vm.read("id") / "mem"
+    assert memory.stat().st_mode & 0o777 == 0o600
+    vm.verb("kill")
+    assert vm.state == "stopped"
+
+
+def test_a_snapshot_is_restored_cloned_and_carried_over(agent, make_linux, make_vm, name, until):
+    vm = make_linux()
+    vm.verb("start")
+    wait_up(vm, until)
+    told(vm, until, "word=remembered")
+    write_disk(vm, until, "first")
+    vm.write("snapshot", name)
+    assert vm.state == "running"
+    shown = described(agent, name)
+    assert 0 < shown["pause_ms"] < 30_000
+    assert set(shown["files"]) == {"cocoon.json", "cow.raw", "initrd", "kernel", "mem", "vmstate"}
+    count = vm.wait_counting(BOOT_SECONDS)
+    assert vm.counts == list(range(1, len(vm.counts) + 1))
+    write_disk(vm, until, "second")
+
+    clone = make_vm(hypervisor=None, memory=None, boot=None)
+    clone.write("from", name)
+    clone.verb("start")
+    assert clone.read("hypervisor") == "qemu"
+    assert told(clone, until, "echo $word") == "remembered"
+    assert disk_word(clone, until) == "first"
+    assert clone.counts[0] <= count
+    write_disk(clone, until, "cloned")
+    assert disk_word(vm, until) == "second"
+
+    vm.write("restore", name)
+    assert vm.state == "running"
+    assert told(vm, until, "echo $word") == "remembered"
+    assert disk_word(vm, until) == "first"
+    assert disk_word(clone, until) == "cloned"
+
+    # A clone's snapshot is as good as the first.
+    clone.write("snapshot", f"{name}-2")
+    clone.verb("kill")
+    carried = agent.root_dir / "carried.tar"
+    shutil.copy(archive(agent, f"{name}-2"), carried)
+    archive(agent, f"{name}-2").unlink()
+    try:
+        shutil.copy(carried, archive(agent, f"{name}-3"))
+    finally:
+        carried.unlink()
+    third = make_vm(hypervisor=None, memory=None, boot=None)
+    third.write("from", f"{name}-3")
+    third.verb("start")
+    assert told(third, until, "echo $word") == "remembered"
+    assert disk_word(third, until) == "cloned"
+    third.verb("stop")
+    assert any("power button" in line for line in agent.lines(third.unit))
+    # It boots cold from its own disk and its snapshot's kernel.
+    third.verb("start")
+    until(lambda: "guest is up" in third.read("console"), BOOT_SECONDS, "it boots cold")
+    assert disk_word(third, until) == "cloned"
+    third.verb("kill")
+    vm.verb("kill")
+    settled(agent)
+
+
+def test_a_vm_is_hibernated_and_woken(agent, make_linux, name, until):
+    vm = make_linux()
+    vm.verb("start")
+    wait_up(vm, until)
+    told(vm, until, "word=remembered")
+    vm.verb("pause")
+    vm.write("snapshot", f"{name}-0")
+    # QEMU itself saves a guest only once each time that it stands still.
+    vm.write("snapshot", f"{name}-1")
+    assert vm.state == "paused"
+    vm.verb("resume")
+    vm.write("hibernate", name)
+    assert vm.state == "stopped"
+    assert vm.pid == 0
+    agent.restart()
+    vm.write("restore", name)
+    assert vm.state == "running"
+    assert told(vm, until, "echo $word") == "remembered"
+    vm.verb("kill")
+    settled(agent)
+
+
+def test_a_vmm_that_dies_is_started_again_and_boots(agent, make_linux, until):
+    vm = make_linux(restart="on-failure")
+    vm.verb("start")
+    wait_up(vm, until)
+    pid = vm.pid
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: vm.pid not in (0, pid) and vm.state == "running", what="systemd restarts it")
+    until(lambda: vm.read("console").count("guest is up") == 2, BOOT_SECONDS, "it is up again")
+    agent.kill()
+    assert vm.state == "running"
+    assert "QEMU" in told(vm, until, "cat /sys/class/dmi/id/sys_vendor")
+    vm.verb("kill")
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        ({"track_dirty": True}, "track_dirty"),
+        ({"max_memory": "512M"}, "max_memory"),
+        ({"boot": {"firmware": "/bin/true"}}, "firmware"),
+    ],
+)
+def test_what_it_cannot_do_is_said_before_anything_starts(make_linux, config, word):
+    vm = make_linux(**config)
+    with refused(errno.EOPNOTSUPP):
+        vm.verb("start")
+    assert word in vm.read("error")
+    assert vm.state == "created"
+
+
+@pytest.mark.parametrize(
+    ("where", "words"), [(0, "not a state"), (23, "its guest|ended|broke off")]
+)
+def test_a_snapshot_with_a_damaged_state_is_refused(agent, make_linux, make_vm, name, where, words):
+    vm = make_linux()
+    vm.verb("start")
+    vm.write("snapshot", name)
+    vm.verb("kill")
+    state = agent.root_dir / "snapshots" / described(agent, name)["id"] / "vmstate"
+    content = bytearray(state.read_bytes())
+    content[where : where + 64] = bytes(64)
+    state.chmod(0o600)
+    state.write_bytes(content)
+    clone = make_vm(hypervisor=None, memory=None, boot=None)
+    clone.write("from", name)
+    with refused(errno.EIO):
+        clone.verb("start")
+    assert re.search(f"qemu did not start.*({words})", clone.read("error"))
+    assert clone.state == "error"
+
+
+def test_auto_takes_it_where_kvm_runs_no_guests(make_linux):
+    vm = make_linux(hypervisor="auto")
+    vm.verb("start")
+    expected = "qemu" if kvm.refusal() else "firecracker"
+    assert json.loads(vm.read("info.json"))["hypervisor"] == expected
+    vm.verb("kill")
