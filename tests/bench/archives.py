@@ -1,0 +1,128 @@
+"""Snapshots as archives, beside what tar and cp do with the same bytes in plain files."""
+
+import os
+import random
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import product
+from product import MIB
+from report import Row
+
+_PLACE = "/var/lib/cocoon/bench"  # on the same disk
+_SPARSE_SIZE = 4096 * MIB
+_SPARSE_DATA = 128 * MIB
+_PIECES = 64
+
+
+def archive(long: bool) -> Iterator[Row]:
+    """Read, export and import archives of 256 MiB (1 GiB) of data, and one of a sparse file."""
+    size = (1024 if long else 256) * MIB
+    rounds = 7 if long else 5
+    os.mkdir(_PLACE)
+    try:
+        with _snapshot("dense", size, size) as (tar, directory):
+            yield from _dense(tar, directory, size, rounds)
+        with (
+            _snapshot("sparse", _SPARSE_SIZE, _SPARSE_DATA) as (sparse, _),
+            _snapshot("full", _SPARSE_DATA, _SPARSE_DATA) as (full, _),
+        ):
+            ours, theirs = _in_turn(rounds, lambda: _read(sparse), lambda: _read(full))
+            what = f"read {_SPARSE_DATA // MIB} MiB in {_SPARSE_SIZE // MIB}, beside nothing else"
+            yield Row(what, "s", ours, theirs, most=1.2)
+    finally:
+        shutil.rmtree(_PLACE)
+
+
+def _dense(tar: str, directory: str, size: int, rounds: int) -> Iterator[Row]:
+    stored, target = f"{_PLACE}/stored.tar", f"{_PLACE}/target"
+    _run("cp", tar, stored)
+    packed = f"tar --create --file=- {directory} 2>/dev/null | cat >/dev/null"
+    rates = _in_turn(rounds, lambda: _read(tar), lambda: _run("sh", "-c", packed))
+    ours, theirs = _rates(rates, size)
+    yield Row("read with dd, beside tar | cat", "MiB/s", ours, theirs, least=1)
+
+    def copy(source: str) -> Callable[[], None]:
+        return lambda: _run("cp", source, target)
+
+    def remove() -> None:
+        os.unlink(target)
+        os.sync()
+
+    rates = _in_turn(rounds, copy(tar), copy(stored), remove)
+    ours, theirs = _rates(rates, size)
+    yield Row("export with cp, beside cp of a file", "MiB/s", ours, theirs, least=0.7)
+
+    imported = f"{product.MOUNT}/snapshots/imported.tar"
+
+    def extract() -> None:
+        os.mkdir(target)
+        _run("tar", "--extract", f"--file={stored}", f"--directory={target}")
+
+    def clear() -> None:
+        if os.path.exists(target):
+            shutil.rmtree(target)
+        else:
+            os.unlink(imported)
+        os.sync()
+
+    ours, theirs = _in_turn(rounds, lambda: _run("cp", stored, imported), extract, clear)
+    yield Row("import with cp, beside tar xf", "s", ours, theirs, most=1.5)
+
+
+@contextmanager
+def _snapshot(name: str, size: int, data: int) -> Iterator[tuple[str, str]]:
+    """Have a snapshot with a disk of `size` bytes, so many of them `data`, in pieces.
+
+    Returns its archive, and where its files lie.
+    """
+    product.create(name, storage=size)
+    product.start(name)
+    with open(f"{product.VMS}/{name}/id") as file:
+        disk = f"/var/lib/cocoon/vms/{file.read().strip()}/cow.raw"
+    with open(disk, "r+b") as file:
+        for piece in range(_PIECES):
+            file.seek(piece * (size // _PIECES))
+            file.write(random.randbytes(data // _PIECES))
+    product.write(f"{product.VMS}/{name}/snapshot", name)
+    product.remove(name)
+    tar = f"{product.MOUNT}/snapshots/{name}.tar"
+    try:
+        yield tar, product.snapshot_directory(name)
+    finally:
+        os.unlink(tar)
+
+
+def _read(path: str) -> None:
+    _run("dd", f"if={path}", "of=/dev/null", "bs=1M", "status=none")
+
+
+def _in_turn(
+    rounds: int,
+    ours: Callable[[], None],
+    theirs: Callable[[], None],
+    after: Callable[[], None] = lambda: None,
+) -> tuple[list[float], list[float]]:
+    """Return the seconds that both take, in turn; the first time finds caches cold."""
+    took: tuple[list[float], list[float]] = ([], [])
+    for number in range(rounds + 1):
+        for act, samples in zip((ours, theirs), took, strict=True):
+            began = time.perf_counter()
+            act()
+            if number:
+                samples.append(time.perf_counter() - began)
+            after()
+    return took
+
+
+def _rates(times: tuple[list[float], list[float]], size: int) -> tuple[list[float], list[float]]:
+    ours, theirs = times
+    megabytes = size / MIB
+    return [megabytes / seconds for seconds in ours], [megabytes / seconds for seconds in theirs]
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True)
