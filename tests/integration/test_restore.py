@@ -1,6 +1,7 @@
 """VMs put back to a snapshot, with real Firecracker."""
 
 import errno
+import itertools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -27,10 +28,10 @@ def counts_again(vm: Any, lines: int, before: int) -> None:
     """Fail unless the lines of the console beyond the first `lines` go on from `before`."""
     vm.wait_counting()
     vm.wait_counting()
-    counts = vm.counts
-    later = counts[lines:]
-    back = next((number for number, count in enumerate(later) if count < counts[lines - 1]), 0)
-    later = later[back:]
+    # What the guest still said before it went back comes first.
+    steps = list(itertools.pairwise(vm.counts[lines - 1 :]))
+    back = max((number for number, (old, new) in enumerate(steps) if new <= old), default=0)
+    later = [new for _, new in steps[back:]]
     assert before < later[0] < before + 30
     assert later == list(range(later[0], later[0] + len(later)))
 
