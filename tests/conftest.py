@@ -31,21 +31,26 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep a seeded tenth, and at least one, of the cases of each function marked `long`.
 
-    With `--brief`, as for the second set of libraries, the same of those marked `thorough`.
+    With `--brief`, as for the second set of libraries, the same of those marked `thorough`. Cases
+    marked `long(group=...)` are sampled with all others of that group; a second `long`
+    makes it a tenth of a tenth.
     """
     if config.option.long:
         return
     sampled = ["long", "thorough"] if config.option.brief else ["long"]
-    cases: dict[str, list[pytest.Item]] = {}
+    cases: dict[tuple[str, int], list[pytest.Item]] = {}
     for item in items:
-        if any(item.get_closest_marker(name) for name in sampled):
-            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        if marks := [mark for mark in item.iter_markers() if mark.name in sampled]:
+            groups = [mark.kwargs["group"] for mark in marks if "group" in mark.kwargs]
+            group = groups[0] if groups else item.nodeid.partition("[")[0]
+            weight = max(1, sum(mark.name == "long" for mark in marks))
+            cases.setdefault((group, weight), []).append(item)
     dropped = set()
-    for name, group in cases.items():
+    for (name, weight), members in cases.items():
         kept = random.Random(f"{config.option.seed} {name}").sample(
-            group, -(-len(group) // SAMPLED_SHARE)
+            members, -(-len(members) // SAMPLED_SHARE**weight)
         )
-        dropped.update(set(group) - set(kept))
+        dropped.update(set(members) - set(kept))
     if dropped:
         config.hook.pytest_deselected(items=list(dropped))
         items[:] = [item for item in items if item not in dropped]

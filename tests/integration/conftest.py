@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,31 @@ MOUNT = Path("/cocoon")
 ROOT_DIR = Path("/var/lib/cocoon")
 AGENT_UNIT = "cocoon-host.service"
 PATIENCE = 30.0
+BACKENDS = {
+    "firecracker": "firecracker",
+    "qemu": "qemu-system-x86_64",
+    "cloud-hypervisor": "cloud-hypervisor",
+}
+"""The program of each backend."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give tests marked `backends` the parameter `backend`: each that is named, or all.
+
+    Firecracker's cases always run. Those of the others do if `core=True` is in the mark, else a
+    sample of each module's.
+    """
+    mark = metafunc.definition.get_closest_marker("backends")
+    if mark is None:
+        return
+    if "backend" not in metafunc.fixturenames:
+        metafunc.fixturenames.append("backend")
+    cases = []
+    for name in mark.args or BACKENDS:
+        sampled = name != "firecracker" and not mark.kwargs.get("core")
+        group = pytest.mark.long(group=f"{metafunc.module.__name__} {name}")
+        cases.append(pytest.param(name, marks=[group] if sampled else []))
+    metafunc.parametrize("backend", cases, indirect=True)
 
 
 def wait_until(predicate: Callable[[], Any], timeout: float = PATIENCE, what: str = "") -> Any:
@@ -228,13 +254,22 @@ def vm_name() -> Callable[[], str]:
 
 
 @pytest.fixture
+def backend(request: pytest.FixtureRequest) -> str:
+    """What runs the test's VMs: Firecracker, or each backend in turn in tests so marked."""
+    name = str(getattr(request, "param", "firecracker"))
+    if shutil.which(BACKENDS[name]) is None:
+        pytest.skip(f"{BACKENDS[name]} is not installed")
+    return name
+
+
+@pytest.fixture
 def make_vm(
-    agent: Agent, guests: Guests, vm_name: Callable[[], str]
+    agent: Agent, guests: Guests, vm_name: Callable[[], str], backend: str
 ) -> Iterator[Callable[..., Vm]]:
     """`make_vm(name, **config)` creates a VM with mkdir; it is removed when the test ends.
 
-    Without more it has the counting guest as kernel, 64M, and Firecracker; a key given as None is
-    left out.
+    Without more it has the counting guest as kernel, 64M, and the test's backend; a key given as
+    None is left out. That guest hears Firecracker's Ctrl-Alt-Del alone: others wait a second for it.
     """
     made: list[Vm] = []
 
@@ -244,9 +279,10 @@ def make_vm(
         vm.path.mkdir()
         made.append(vm)
         wanted = {
-            "hypervisor": "firecracker",
+            "hypervisor": backend,
             "memory": "64M",
             "boot": {"kernel": str(guests.guest)},
+            "stop_timeout": 30 if backend == "firecracker" else 1,
         } | config
         given = {key: value for key, value in wanted.items() if value is not None}
         write_once(vm.path / "config", json.dumps(given))

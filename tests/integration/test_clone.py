@@ -1,4 +1,4 @@
-"""Clones: VMs whose first start goes on from a snapshot, with real Firecracker."""
+"""Clones: VMs whose first start goes on from a snapshot, with real VMMs."""
 
 import concurrent.futures
 import errno
@@ -15,6 +15,8 @@ import pytest
 from snapshot_tools import archive, described, extract, last_count, names, pack, refused, write_once
 
 from agent.model.vmstate import crc64
+
+pytestmark = pytest.mark.backends
 
 
 @pytest.fixture
@@ -54,6 +56,7 @@ def own_disk(vm: Any) -> tuple[int, int]:
     raise AssertionError("no disk is open")
 
 
+@pytest.mark.backends(core=True)
 def test_a_clone_goes_on_from_exactly_there_on_its_own_disk(agent, taken, clone):
     name, source, (low, high) = taken
     vm = clone(name)
@@ -74,14 +77,14 @@ def test_a_clone_goes_on_from_exactly_there_on_its_own_disk(agent, taken, clone)
     assert kept.read_bytes()[:6] == bytes(6)
 
 
-def test_from_pins_what_the_snapshot_fixes(taken, make_vm):
+def test_from_pins_what_the_snapshot_fixes(taken, make_vm, backend):
     name, _, _ = taken
     vm = make_vm(hypervisor=None, memory=None, boot=None)
     vm.write("from", name)
     assert vm.read("from") == name
     assert vm.read("memory") == str(64 << 20)
     assert vm.read("storage") == str(8 << 20)
-    assert vm.read("hypervisor") == "firecracker"
+    assert vm.read("hypervisor") == backend
     vm.write("memory", "64M")
     with refused(errno.EOPNOTSUPP):
         vm.write("memory", "128M")
@@ -126,6 +129,7 @@ def test_only_who_may_read_a_snapshot_may_clone_it(agent, taken, make_vm):
     assert vm.read("from") == name
 
 
+@pytest.mark.backends(core=True)
 def test_many_at_once_while_the_source_runs(taken, make_vm):
     name, source, (low, high) = taken
     vms = [make_vm(hypervisor=None, memory=None, boot=None) for _ in range(8)]
@@ -140,6 +144,7 @@ def test_many_at_once_while_the_source_runs(taken, make_vm):
     assert source.state == "running"
 
 
+@pytest.mark.backends(core=True)
 def test_a_clone_lives_on_without_source_and_snapshot(agent, taken, clone):
     name, source, _ = taken
     vm = clone(name)
@@ -166,12 +171,18 @@ def test_a_clone_whose_snapshot_went_away_before_is_enoent(agent, taken, make_vm
     assert not (agent.root_dir / "vms" / vm.read("id")).exists()
 
 
-def test_what_clones_share_cannot_be_written_by_a_vmm(agent, taken, clone):
+@pytest.mark.backends(core=True)
+def test_what_clones_share_cannot_be_written_by_a_vmm(agent, taken, clone, backend):
     name, _, _ = taken
     vm = clone(name)
     directory = agent.root_dir / "vms" / vm.read("id")
     uid = directory.stat().st_uid
-    for shared in ("mem", "vmstate"):
+    kept = agent.root_dir / "snapshots" / described(agent, name)["id"]
+    inodes = {path.stat().st_ino for path in kept.iterdir()}
+    all_shared = {path.name for path in directory.iterdir() if path.stat().st_ino in inodes}
+    # QEMU would need to write to the memory that it loads: each clone of its has a copy.
+    assert all_shared == {"firecracker": {"mem", "vmstate"}, "qemu": {"vmstate"}}[backend]
+    for shared in all_shared:
         assert (directory / shared).stat().st_uid == 0
         command = f"echo damage >> {shared} || chmod u+w {shared}"
         words = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
@@ -183,7 +194,8 @@ def test_what_clones_share_cannot_be_written_by_a_vmm(agent, taken, clone):
         assert done.returncode != 0
 
 
-def test_a_clone_boots_cold_from_its_own_disk_and_kernel(agent, taken, clone):
+@pytest.mark.backends(core=True)
+def test_a_clone_boots_cold_from_its_own_disk_and_kernel(agent, taken, clone, backend):
     name, _, _ = taken
     vm = clone(name)
     vm.wait_counting()
@@ -193,7 +205,9 @@ def test_a_clone_boots_cold_from_its_own_disk_and_kernel(agent, taken, clone):
     vm.wait_counting()
     assert vm.counts[lines] == 1
     directory = agent.root_dir / "vms" / vm.read("id")
-    assert not (directory / "mem").exists()
+    assert not (directory / "vmstate").exists()
+    # QEMU's memory is a file in any case, here a new one.
+    assert (directory / "mem").exists() == (backend == "qemu")
 
 
 def test_systemd_restarts_a_clone_from_its_own_disk_without_the_agent(agent, taken, make_vm, until):
@@ -259,6 +273,7 @@ def foreign_snapshot(agent: Any, taken: Any, tmp_path: Path) -> Callable[..., st
     return make
 
 
+@pytest.mark.backends("firecracker")
 def test_a_snapshot_with_paths_of_another_host_clones(agent, foreign_snapshot, clone):
     path = "/var/lib/cocoon/run/firecracker/K3ZQ7WMB5TNXE2LVAGHRDYC6PS/cow.raw"
     name = foreign_snapshot(path)
@@ -277,6 +292,7 @@ def test_a_snapshot_with_paths_of_another_host_clones(agent, foreign_snapshot, c
     assert own_disk(again) == (disk.stat().st_dev, disk.stat().st_ino)
 
 
+@pytest.mark.backends("firecracker")
 def test_the_vmms_state_counts_where_the_sidecar_says_otherwise(agent, foreign_snapshot, clone):
     """So it is in a snapshot that Cocoon took of a clone."""
     run = "/var/lib/cocoon/run/firecracker"
@@ -287,6 +303,7 @@ def test_the_vmms_state_counts_where_the_sidecar_says_otherwise(agent, foreign_s
     assert own_disk(vm) == (disk.stat().st_dev, disk.stat().st_ino)
 
 
+@pytest.mark.backends("firecracker")
 def test_a_clone_without_a_kernel_cannot_boot_cold_until_it_is_given_one(
     agent, foreign_snapshot, make_vm, guests
 ):
@@ -307,12 +324,14 @@ def test_a_clone_without_a_kernel_cannot_boot_cold_until_it_is_given_one(
     vm.wait_counting()
 
 
+@pytest.mark.backends("firecracker")
 def test_a_path_outside_cocoons_directories_is_refused(agent, foreign_snapshot):
     with refused(errno.EINVAL):
         foreign_snapshot("/etc/cow.raw")
     assert not [name for name in names(agent) if name.endswith("-foreign")]
 
 
+@pytest.mark.backends("firecracker")
 def test_a_state_with_a_bit_turned_is_refused(agent, foreign_snapshot):
     with refused(errno.EBADMSG):
         foreign_snapshot("/var/lib/cocoon/run/x/cow.raw", vmstate=b"nothing that a VMM wrote" * 99)

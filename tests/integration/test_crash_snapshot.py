@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from snapshot_tools import MARKER, archive, dying_at, extract, names, settled
 
-pytestmark = pytest.mark.thorough
+pytestmark = [pytest.mark.thorough, pytest.mark.backends]
 
 AWAY = (errno.ECONNABORTED, errno.ENOTCONN, errno.ENOENT)
 

@@ -1,4 +1,4 @@
-"""VMs put back to a snapshot, with real Firecracker."""
+"""VMs put back to a snapshot, with real VMMs."""
 
 import errno
 import itertools
@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from snapshot_tools import archive, described, last_count, names, refused, settled
+
+pytestmark = pytest.mark.backends
 
 
 @pytest.fixture
@@ -36,6 +38,7 @@ def counts_again(vm: Any, lines: int, before: int) -> None:
     assert later == list(range(later[0], later[0] + len(later)))
 
 
+@pytest.mark.backends(core=True)
 def test_a_running_vm_goes_back(agent, taken):
     vm, name, before = taken
     for _ in range(40):
@@ -69,6 +72,7 @@ def test_a_vm_in_error_goes_back(agent, taken):
     counts_again(vm, lines, before)
 
 
+@pytest.mark.backends(core=True)
 def test_the_disk_goes_back_too(agent, taken):
     vm, name, _ = taken
     disk = agent.root_dir / "vms" / vm.read("id") / "cow.raw"

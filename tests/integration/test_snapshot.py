@@ -1,4 +1,4 @@
-"""Taking, exporting, importing, renaming and removing snapshots, with real Firecracker."""
+"""Taking, exporting, importing, renaming and removing snapshots, with real VMMs."""
 
 import errno
 import json
@@ -25,6 +25,8 @@ from snapshot_tools import (
     write_once,
 )
 
+pytestmark = pytest.mark.backends
+
 
 @pytest.fixture
 def name(vm_name: Callable[[], str], agent: Any) -> Any:
@@ -48,6 +50,7 @@ def counting(make_vm: Callable[..., Any], **config: Any) -> Any:
     return vm
 
 
+@pytest.mark.backends(core=True)
 def test_a_snapshot_is_taken_and_the_vm_goes_on(agent, make_vm, name):
     vm = counting(make_vm)
     vm.write("snapshot", name)
@@ -108,6 +111,7 @@ def test_a_vm_that_does_not_run_cannot_be_snapshotted(agent, make_vm, name):
     assert name not in names(agent)
 
 
+@pytest.mark.backends(core=True)
 def test_a_vm_that_its_user_paused_stays_paused(agent, make_vm, name):
     vm = counting(make_vm)
     vm.verb("pause")
@@ -131,6 +135,7 @@ def test_a_vm_with_a_writable_disk_of_the_host_cannot_be_snapshotted(agent, make
     assert vm.state == "running"
 
 
+@pytest.mark.backends(core=True)
 def test_a_failing_vmm_leaves_a_running_vm_and_no_trace(agent, make_vm, name):
     vm = counting(make_vm)
     full = agent.root_dir / "vms" / vm.read("id")
@@ -149,6 +154,7 @@ def test_a_failing_vmm_leaves_a_running_vm_and_no_trace(agent, make_vm, name):
     settled(agent)
 
 
+@pytest.mark.backends("firecracker")
 def test_later_snapshots_with_track_dirty_pause_for_the_changes_only(agent, make_vm, name):
     vm = counting(make_vm, memory="256M", track_dirty=True)
     for number in range(3):
@@ -169,6 +175,7 @@ def test_later_snapshots_with_track_dirty_pause_for_the_changes_only(agent, make
     assert clone.counts[0] <= count + 2
 
 
+@pytest.mark.backends("firecracker")
 def test_a_snapshot_whose_base_is_gone_is_full(agent, make_vm, name):
     vm = counting(make_vm, memory="256M", track_dirty=True)
     for number in range(3):
@@ -333,6 +340,7 @@ def test_a_copy_that_breaks_off_leaves_nothing(agent, make_vm, name):
     settled(agent)
 
 
+@pytest.mark.backends("firecracker")
 def test_a_foreign_file_is_refused_with_a_reason(agent, name):
     descriptor = os.open(archive(agent, name), os.O_WRONLY | os.O_CREAT, 0o644)
     with refused(errno.ENOEXEC, errno.EBADMSG):
@@ -344,6 +352,7 @@ def test_a_foreign_file_is_refused_with_a_reason(agent, name):
     settled(agent)
 
 
+@pytest.mark.backends("firecracker")
 def test_going_backwards_is_espipe(agent, name):
     descriptor = os.open(archive(agent, name), os.O_WRONLY | os.O_CREAT, 0o644)
     os.write(descriptor, b"some")
@@ -354,6 +363,7 @@ def test_going_backwards_is_espipe(agent, name):
     assert name not in names(agent)
 
 
+@pytest.mark.backends("firecracker")
 @pytest.mark.parametrize(
     "sample", ["cocoon-0.3.6-firecracker.tar", "cocoon-0.3.6-firecracker.tar.gz"]
 )
@@ -418,6 +428,7 @@ def test_a_stranger_reads_no_snapshot_until_it_is_delegated(agent, make_vm, name
     assert stranger(f"cat {path} > /dev/null") != 0
 
 
+@pytest.mark.backends(core=True)
 def test_hibernate_ends_the_vm_and_restore_wakes_it_after_a_restart(agent, make_vm, name):
     vm = counting(make_vm)
     vm.write("hibernate", name)
@@ -431,6 +442,7 @@ def test_hibernate_ends_the_vm_and_restore_wakes_it_after_a_restart(agent, make_
     assert vm.counts[seen : goes_on + 1] == list(range(seen + 1, goes_on + 2))
 
 
+@pytest.mark.backends(core=True)
 def test_a_state_directory_lost_is_made_good_by_an_archive(agent, make_vm, name, tmp_path):
     vm = counting(make_vm)
     vm.write("snapshot", name)

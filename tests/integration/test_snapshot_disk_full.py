@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from snapshot_tools import archive, described, names, refused, settled
 
+pytestmark = pytest.mark.backends
+
 MIB = 1 << 20
 SIZE = 512 * MIB
 DISK = 48 * MIB
