@@ -269,7 +269,8 @@ def make_vm(
     """`make_vm(name, **config)` creates a VM with mkdir; it is removed when the test ends.
 
     Without more it has the counting guest as kernel, 64M, and the test's backend; a key given as
-    None is left out. That guest hears Firecracker's Ctrl-Alt-Del alone: others wait a second for it.
+    None is left out. That guest hears Ctrl-Alt-Del, and so Firecracker, alone: the others wait a
+    second for it.
     """
     made: list[Vm] = []
 
