@@ -16,6 +16,7 @@ from .console.consoles import Consoles
 from .fs.mount import mounted
 from .index.store import open_index
 from .lifecycle.configure import empty_trash
+from .lifecycle.doctor import Doctor
 from .lifecycle.events import Events
 from .lifecycle.host import Host, report
 from .lifecycle.operation import Operations
@@ -27,16 +28,19 @@ from .lifecycle.watch import watch
 from .lock import VmsLock, only_agent
 from .model.access import AGENT
 from .model.errors import CocoonError
+from .model.finding import Finding
 from .model.vm import State
 from .service import Service
 from .settings import Settings
 from .storage.kernel import KernelStore
 from .storage.snapshots import SnapshotStore
 from .storage.tree import Tree
-from .systemd.bus import open_bus
+from .systemd.bus import BusGone, open_bus
 from .systemd.drop_in import drop_in, write_drop_in
+from .systemd.facts import SystemdAnswers, systemd_answers
 from .systemd.jail import make_jail
 from .systemd.manager import Manager, open_manager
+from .vmm.driver import Driver
 from .vmm.firecracker import Firecracker
 from .vmm.qemu import Qemu
 
@@ -67,14 +71,16 @@ async def run(settings: Settings, load: Callable[[], Settings]) -> None:
             lasting.start_soon(events.run)
             consoles = Consoles(tree.run, tree.log, log_limit=settings.console_limit)
             await lasting.start(consoles.run)
-            drivers = (Firecracker(settings.firecracker), Qemu(settings.qemu))
+            drivers = _drivers(settings)
+            doctor = Doctor(drivers, tree, settings.group)
+            nursery.start_soon(doctor.run, bus)
             services = Services(
                 index=index,
                 units=Units(manager, bus),
                 consoles=consoles,
                 tree=tree,
                 kernels=KernelStore(tree),
-                drivers={driver.name: driver for driver in drivers},
+                drivers=drivers,
                 events=events,
                 background=nursery,
                 host_cpus=os.cpu_count() or 1,
@@ -91,7 +97,7 @@ async def run(settings: Settings, load: Callable[[], Settings]) -> None:
             running = await reconcile(services, unfinished)
             await clear_snapshots(services)
             nursery.start_soon(empty_trash, services)
-            host = Host(services, operations, _group(settings.group))
+            host = Host(services, operations, _group(settings.group), doctor)
             nursery.start_soon(
                 service.obey_signals,
                 nursery.cancel_scope.cancel,
@@ -108,6 +114,23 @@ async def run(settings: Settings, load: Callable[[], Settings]) -> None:
                     await trio.sleep_forever()
                 finally:
                     service.stopping()
+
+
+async def examine(settings: Settings) -> list[Finding]:
+    """Look at this host as an agent with these settings would; none need run."""
+    doctor = Doctor(_drivers(settings), Tree(settings.root_dir, settings.run_dir), settings.group)
+    try:
+        async with open_bus() as bus:
+            answers = await systemd_answers(bus)
+    except BusGone as error:
+        answers = SystemdAnswers(trouble=str(error))
+    return await doctor.examine(answers)
+
+
+def _drivers(settings: Settings) -> dict[str, Driver]:
+    """Return all backends, by name."""
+    drivers: tuple[Driver, ...] = (Firecracker(settings.firecracker), Qemu(settings.qemu))
+    return {driver.name: driver for driver in drivers}
 
 
 @asynccontextmanager

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Final
 from agent import __version__
 from agent.model.errors import CocoonError
 
-from . import run
+from . import doctor, run
 
 if TYPE_CHECKING:
     from .command import Commands
 
-COMMANDS: Final[tuple[Callable[["Commands"], None], ...]] = (run.register,)
+COMMANDS: Final[tuple[Callable[["Commands"], None], ...]] = (run.register, doctor.register)
 """Each adds its command, in the order in which help lists them."""
 
 

@@ -42,7 +42,7 @@ info.json, stats, id, unit, pid
 
 When a write fails, read vms/<name>/error, or errors for those of everyone. events tells what
 happened, one JSON object a line; events.live tells it as it happens. index.json is everything at
-once, by-id/ finds a VM by its id.
+once, by-id/ finds a VM by its id. doctor says what this host lacks, and what to do about it.
 
 chown, chgrp and chmod on a VM's directory give it to someone else. The files in it cannot be
 removed; mv renames a VM that is stopped. A snapshot is a file: rm deletes it, mv renames it.

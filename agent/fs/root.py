@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 from agent import __version__
+from agent.model.finding import show_findings
 
 from .content import Document, Log, object_of
 from .context import Context
@@ -32,6 +33,7 @@ _NAMES: Final[Mapping[str, Place]] = {
     "by-id": Place(0, 23),
     "vms": Place(0, 24),
     "snapshots": Place(0, 25),
+    "doctor": Place(0, 26),
 }
 """What a listing of the root shows, in this order."""
 _PATHS: Final[Mapping[Place, str]] = {place: name for name, place in _NAMES.items()}
@@ -91,6 +93,18 @@ class VersionFile(TreeFile):
     async def show(self) -> bytes:
         """Return the agent's version."""
         return f"{__version__}\n".encode()
+
+
+class DoctorFile(TreeFile):
+    """`doctor`: what the checks of the host found last."""
+
+    async def size(self) -> int:
+        """Return how long that is."""
+        return len(show_findings(self.context.host.doctor.findings).encode())
+
+    async def show(self) -> bytes:
+        """Return a line for each check."""
+        return self.context.host.doctor.read().encode()
 
 
 class CreateFile(TreeFile):
@@ -217,4 +231,5 @@ _KINDS: Final[Mapping[Place, Callable[[Place, Context], TreeDirectory | TreeFile
     _NAMES["by-id"]: ByIdDirectory,
     _NAMES["vms"]: VmsDirectory,
     _NAMES["snapshots"]: SnapshotsDirectory,
+    _NAMES["doctor"]: DoctorFile,
 }

@@ -16,6 +16,7 @@ from agent.model.vm import State, Vm
 
 from . import clone, configure, pause, restore, snapshot, stop
 from .describe import describe_index, describe_vm
+from .doctor import Doctor
 from .events import Events
 from .operation import Operation, Operations
 from .services import Services
@@ -32,10 +33,13 @@ class Host:
     `wait`; both are recorded by the time they are raised.
     """
 
-    def __init__(self, services: Services, operations: Operations, group: int) -> None:
+    def __init__(
+        self, services: Services, operations: Operations, group: int, doctor: Doctor
+    ) -> None:
         self._services = services
         self._operations = operations
         self.group = group
+        self.doctor = doctor
         self.snapshots = Shelf(services, operations, group)
 
     @property

@@ -85,7 +85,7 @@ async def _recover_saving(services: Services, vm: Vm) -> None:
         if await _has_ended(services, vm):
             return
     services.note(vm.id, state=State.PAUSED if vm.user_paused else State.RUNNING)
-    _, plan = await plan_launch(services, vm, loads=True)
+    _, plan = await plan_launch(services.drivers, vm, loads=True)
     await services.units.set_properties(vm, memory_limit(plan.memory))
 
 
@@ -148,7 +148,7 @@ async def _complete(services: Services, vm: Vm, loading: Loading) -> None:
     if unit is None or not unit.main_pid:
         raise Failed(f"VM {vm.name} ended")
     await services.consoles.open(vm)
-    vm, plan = await plan_launch(services, vm, loads=True)
+    vm, plan = await plan_launch(services.drivers, vm, loads=True)
     await loaded(services, vm, plan, loading, unit.main_pid)
 
 

@@ -67,7 +67,7 @@ async def _stage(services: Services, vm: Vm, snapshot: Snapshot) -> None:
         raise Unsupported(
             f"snapshot {snapshot.name} has {snapshot.cpu} CPUs, this host {services.host_cpus}"
         )
-    await plan_launch(services, restored(vm, snapshot), loads=True)
+    await plan_launch(services.drivers, restored(vm, snapshot), loads=True)
     tree, store = services.tree, services.snapshots
     await tree.in_thread("storing a kernel", store.store_boot, snapshot)
     await tree.in_thread(f"staging snapshot {snapshot.name}", store.stage_restore, snapshot, vm)

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
@@ -70,7 +70,7 @@ async def recollect(services: Services, vm_id: str) -> Vm:
         return vm
     loads = vm.is_to_be_cloned
     booted = vm.booted if loads else await _store_boot_files(services, vm)
-    vm, _ = await plan_launch(services, dataclasses.replace(vm, booted=booted), loads=loads)
+    vm, _ = await plan_launch(services.drivers, dataclasses.replace(vm, booted=booted), loads=loads)
     return services.note(
         vm_id,
         hypervisor=vm.hypervisor,
@@ -79,17 +79,19 @@ async def recollect(services: Services, vm_id: str) -> Vm:
     )
 
 
-async def plan_launch(services: Services, vm: Vm, *, loads: bool = False) -> tuple[Vm, LaunchPlan]:
+async def plan_launch(
+    by_name: Mapping[str, Driver], vm: Vm, *, loads: bool = False
+) -> tuple[Vm, LaunchPlan]:
     """Return `vm` with its backend chosen, and what to launch; Unsupported says why not."""
     if vm.config.hypervisor != "auto":
-        driver = services.drivers.get(vm.config.hypervisor)
+        driver = by_name.get(vm.config.hypervisor)
         if driver is None:
             raise Unsupported(
                 f"this version of the agent has no backend {vm.config.hypervisor}: "
-                f"set hypervisor to one of {', '.join(services.drivers)}"
+                f"set hypervisor to one of {', '.join(by_name)}"
             )
         return _planned(vm, driver, await driver.version(), loads)
-    drivers = [services.drivers[name] for name in HYPERVISORS if name in services.drivers]
+    drivers = [by_name[name] for name in HYPERVISORS if name in by_name]
     obstacles = {driver.name: await driver.obstacle() for driver in drivers}
     reasons = []
     # Those that most guests would fail on come last, and better than nothing.
@@ -121,7 +123,7 @@ async def prepare(
         await services.tree.in_thread(forgetting, services.snapshots.forget_loaded, vm)
     if loading is None or vm.config.boot is not None:
         vm = dataclasses.replace(vm, booted=await _store_boot_files(services, vm))
-    vm, plan = await plan_launch(services, vm, loads=loading is not None)
+    vm, plan = await plan_launch(services.drivers, vm, loads=loading is not None)
     plan = dataclasses.replace(plan, binds=(*plan.binds, *await _boot_binds(services, vm)))
     if loading is not None:
         plan = dataclasses.replace(plan, binds=(*plan.binds, *_bound(services, vm, loading)))

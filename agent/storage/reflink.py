@@ -176,6 +176,27 @@ def _link(source: int, directory: int, name: str) -> None:
     os.link(f"/proc/self/fd/{source}", name, dst_dir_fd=directory, follow_symlinks=True)
 
 
+def shares_blocks(directory: str) -> bool | None:
+    """Whether files in `directory` can share blocks; None when that cannot be tried there.
+
+    It is tried on two files without a name, which nobody sees and which are gone at the end.
+    """
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        source, target = (stack.enter_context(_nameless(directory)) for _ in range(2))
+        os.write(source, bytes(os.statvfs(directory).f_bsize))
+        return _reflink(source, target)
+    return None
+
+
+@contextlib.contextmanager
+def _nameless(directory: str) -> Iterator[int]:
+    fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def _reflink(source: int, target: int) -> bool:
     try:
         fcntl.ioctl(target, _FICLONE, source)

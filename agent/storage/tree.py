@@ -169,7 +169,7 @@ class Tree:
     def _prepare(self) -> None:
         for path in (self.root, self.run):
             os.makedirs(path, mode=0o755, exist_ok=True)
-            _check_path(path)
+            check_path(path)
         for path in (self.vms, self.snapshots, self.images, self.log, self.kernels):
             directory.ensure(path, 0o700, os.geteuid())
         for path in (self.boot, self.consoles):
@@ -233,7 +233,7 @@ class Tree:
                 directory.remove(f"{self.vms}/{name}")
 
 
-def _check_path(path: str) -> None:
+def check_path(path: str) -> None:
     """Raise NotPermitted when somebody but root (or the agent's user) may change `path`."""
     real = os.path.realpath(path)
     here = real

@@ -55,6 +55,7 @@ def test_every_file_of_the_host(agent, as_user):
     expected = {
         "README": ("r", "r", "r"),
         "version": ("r", "r", "r"),
+        "doctor": ("r", "r", "r"),
         "create": ("rw", "rw", ""),
         "errors": ("r", "r", ""),
         "events": ("r", "r", ""),

@@ -23,6 +23,7 @@ from agent.fs.mount import mounted
 from agent.model.access import Access, Caller
 from agent.model.config import VmConfig, parse_config
 from agent.model.errors import Busy, CocoonError, Exists, Invalid, NotPermitted
+from agent.model.finding import Finding, Level, show_findings
 from agent.model.names import check_name, new_id
 from agent.model.vm import State, Vm
 
@@ -126,6 +127,15 @@ class EmptyShelf:
         return []
 
 
+class FakeDoctor:
+    """Found nothing wrong."""
+
+    findings = (Finding(Level.OK, "group", "is there"),)
+
+    def read(self) -> str:
+        return show_findings(self.findings)
+
+
 class FakeOperation:
     def __init__(self) -> None:
         self.done = trio.Event()
@@ -148,6 +158,7 @@ class FakeHost:
         self.group = GROUP
         self.events = FakeEvents()
         self.snapshots = EmptyShelf()
+        self.doctor = FakeDoctor()
         self.consoles = FakeConsoles()
         self.consoles.running = lambda vm_id: self.records[vm_id].has_process
         self.records: dict[str, Vm] = {}

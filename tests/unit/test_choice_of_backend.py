@@ -1,7 +1,5 @@
 """`hypervisor: auto` takes the first backend that runs guests here, and says why none does."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from agent.lifecycle.start import plan_launch
@@ -37,9 +35,9 @@ class Backend:
 
 
 async def chosen(*backends, hypervisor="auto"):
-    services = SimpleNamespace(drivers={backend.name: backend for backend in backends})
+    drivers = {backend.name: backend for backend in backends}
     vm = Vm("a" * 26, "web", 70000, Access(0, 0), VmConfig(hypervisor=hypervisor))
-    vm, plan = await plan_launch(services, vm)
+    vm, plan = await plan_launch(drivers, vm)
     assert plan.binary == f"/usr/bin/{vm.hypervisor}"
     return vm.hypervisor
 

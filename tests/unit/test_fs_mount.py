@@ -907,6 +907,7 @@ USERS = {"owner": (OWNER, [GROUP]), "member": (MEMBER, [GROUP]), "stranger": (ST
 TREE_ACCESS = {
     "README": ("r", "r", "r"),
     "version": ("r", "r", "r"),
+    "doctor": ("r", "r", "r"),
     "create": ("rw", "rw", ""),
     "errors": ("r", "r", ""),
     "events": ("r", "r", ""),

@@ -18,9 +18,12 @@ PAGE = TREE / "packaging/man/cocoon-host.8"
 
 
 def usage() -> str:
-    command = [sys.executable, "-m", "agent.cli.main", "run", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=TREE)
-    return done.stdout
+    shown = ""
+    for name in ("run", "doctor"):
+        command = [sys.executable, "-m", "agent.cli.main", name, "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=TREE)
+        shown += done.stdout
+    return shown
 
 
 def test_the_example_of_settings_has_every_setting_with_its_default(tmp_path: Path) -> None:
