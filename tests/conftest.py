@@ -15,6 +15,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("cocoon-host")
     group.addoption("--long", action="store_true", help="run everything, however long it takes")
     group.addoption("--brief", action="store_true", help="of thorough tests too, run a sample")
+    group.addoption("--shard", help="run one part only of what is selected: 1/2 and 2/2 are all")
     group.addoption("--seed", type=int, help="what random choices start from (random)")
 
 
@@ -29,14 +30,25 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep a seeded tenth, and at least one, of the cases of each function marked `long`.
+    """Drop what is not in the sample, then what is not in the shard."""
+    dropped = set() if config.option.long else _unsampled(config, items)
+    if config.option.shard:
+        number, _, count = config.option.shard.partition("/")
+        kept = [item for item in items if item not in dropped]
+        # One after the other, so that each shard gets some of every file's.
+        dropped |= set(kept) - set(kept[int(number) - 1 :: int(count)])
+    if dropped:
+        config.hook.pytest_deselected(items=list(dropped))
+        items[:] = [item for item in items if item not in dropped]
+
+
+def _unsampled(config: pytest.Config, items: list[pytest.Item]) -> set[pytest.Item]:
+    """Return all but a seeded tenth, and at least one, of the cases of functions marked `long`.
 
     With `--brief`, as for the second set of libraries, the same of those marked `thorough`. Cases
     marked `long(group=...)` are sampled with all others of that group; a second `long`
     makes it a tenth of a tenth.
     """
-    if config.option.long:
-        return
     sampled = ["long", "thorough"] if config.option.brief else ["long"]
     cases: dict[tuple[str, int], list[pytest.Item]] = {}
     for item in items:
@@ -45,15 +57,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             group = groups[0] if groups else item.nodeid.partition("[")[0]
             weight = max(1, sum(mark.name == "long" for mark in marks))
             cases.setdefault((group, weight), []).append(item)
-    dropped = set()
+    dropped: set[pytest.Item] = set()
     for (name, weight), members in cases.items():
         kept = random.Random(f"{config.option.seed} {name}").sample(
             members, -(-len(members) // SAMPLED_SHARE**weight)
         )
         dropped.update(set(members) - set(kept))
-    if dropped:
-        config.hook.pytest_deselected(items=list(dropped))
-        items[:] = [item for item in items if item not in dropped]
+    return dropped
 
 
 @pytest.fixture

@@ -50,6 +50,8 @@ def unit_files(python: Path, path: str) -> dict[str, str]:
     files["system/cocoon-host.service.d/lab.conf"] = f"""[Service]
 ExecStart=
 ExecStart={python} -m agent.cli.main run
+# Tests that end the agent wait for its return; how long it rests first is no matter to them.
+RestartSec=100ms
 Environment="PYTHONPATH={TREE}" "PATH={":".join(sorted(programs))}:{SYSTEM_PATH}"
 """
     return files
