@@ -71,6 +71,9 @@ async def take(services: Services, vm_id: str, name: str, *, hibernate: bool = F
     finally:
         if base is not None:
             base.close()
+    if hibernate:
+        # From here on the guest is in its snapshot alone, which nothing may undo.
+        await finish_hibernation(services, vm_id)
 
 
 def _check(services: Services, vm: Vm, name: str) -> None:
@@ -195,8 +198,6 @@ async def _take(
             step(f"{what}:resumed")
             pause = 0.0 if vm.user_paused else trio.current_time() - began
             await _complete(services, vm, snapshot, base, trio.current_time() - pause)
-    if hibernate:
-        await finish_hibernation(services, vm.id)
 
 
 async def finish_hibernation(services: Services, vm_id: str) -> None:
@@ -306,7 +307,8 @@ async def _complete(
         services.note(vm.id, state=State.STOPPING, reason="hibernate")
     try:
         await services.index.snapshots.save(ready)
-    except CocoonError:
+    except BaseException:
+        # Cancelled, too: a VM that goes on must not be one that hibernates.
         services.index.vms.note(before)
         raise
     services.events.happened("ADDED", ready, pause_ms=ready.pause_ms)

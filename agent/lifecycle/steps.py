@@ -1,7 +1,8 @@
 """Names for the moments between which an agent may die, so that tests can make it die there.
 
 `COCOON_CRASH_AT=<step>@<file>` ends the process at that step by SIGKILL, once: `<file>` is made
-then, and as long as it is there nothing happens. Nobody but a test sets it.
+then, and as long as it is there nothing happens. `COCOON_CRASH_BY=SIGTERM` lets it leave in order
+instead. Nobody but a test sets them.
 """
 
 import logging
@@ -9,6 +10,7 @@ import os
 import signal
 
 _VARIABLE = "COCOON_CRASH_AT"
+_SIGNAL = "COCOON_CRASH_BY"
 _log = logging.getLogger(__name__)
 
 
@@ -22,4 +24,4 @@ def step(name: str) -> None:
         os.close(os.open(marker, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except FileExistsError:
         return
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.Signals[os.environ.get(_SIGNAL, "SIGKILL")])

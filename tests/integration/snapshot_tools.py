@@ -118,12 +118,13 @@ def last_count(console: bytes) -> int:
 
 
 @contextlib.contextmanager
-def dying_at(agent: Any, step: str) -> Iterator[None]:
-    """Restart the agent so that it will kill itself at `step`, once."""
+def dying_at(agent: Any, step: str, by: str = "SIGKILL") -> Iterator[None]:
+    """Restart the agent so that it will send itself the signal `by` at `step`, once."""
     with contextlib.suppress(FileNotFoundError):
         MARKER.unlink()
     DROP_IN.parent.mkdir(parents=True, exist_ok=True)
-    DROP_IN.write_text(f"[Service]\nEnvironment=COCOON_CRASH_AT={step}@{MARKER}\n")
+    variables = f"COCOON_CRASH_AT={step}@{MARKER} COCOON_CRASH_BY={by}"
+    DROP_IN.write_text(f"[Service]\nEnvironment={variables}\n")
     subprocess.run(["systemctl", "daemon-reload"], check=True, timeout=60)
     agent.restart()
     try:

@@ -108,11 +108,15 @@ def test_taking(agent, make_vm, until, name, tmp_path, step, paused):
 
 
 @pytest.mark.parametrize(
-    "step",
-    ["recorded", "prepared", "paused", "written", "copied", "collected", "sealed", "published"],
+    ("step", "by"),
+    [
+        *((step, "SIGKILL") for step in TAKE if step not in ("resumed", "ready")),
+        ("written", "SIGTERM"),
+        ("published", "SIGTERM"),
+    ],
 )
-def test_hibernating(agent, make_vm, until, name, step):
-    with dying_at(agent, f"hibernate:{step}"):
+def test_hibernating(agent, make_vm, until, name, step, by):
+    with dying_at(agent, f"hibernate:{step}", by):
         vm = started(make_vm)
         with away():
             vm.write("hibernate", name)
@@ -125,9 +129,11 @@ def test_hibernating(agent, make_vm, until, name, step):
         settled(agent)
 
 
-@pytest.mark.parametrize("step", ["ready", "killed"])
-def test_hibernating_once_the_snapshot_is_durable(agent, make_vm, until, name, step):
-    with dying_at(agent, f"hibernate:{step}"):
+@pytest.mark.parametrize(
+    ("step", "by"), [("ready", "SIGKILL"), ("ready", "SIGTERM"), ("killed", "SIGKILL")]
+)
+def test_hibernating_once_the_snapshot_is_durable(agent, make_vm, until, name, step, by):
+    with dying_at(agent, f"hibernate:{step}", by):
         vm = started(make_vm)
         with away():
             vm.write("hibernate", name)
