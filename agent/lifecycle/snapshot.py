@@ -141,17 +141,13 @@ async def _record(services: Services, vm: Vm, name: str) -> tuple[Vm, Snapshot]:
 
 
 def _disks(vm: Vm) -> tuple[SnapshotDisk, ...]:
-    cow = f"{canonical.VM}/{canonical.COW}"
     return tuple(
         SnapshotDisk(
             path=drive.path,
             readonly=drive.readonly,
             serial=drive.serial,
-            role="cow"
-            if drive.path == cow
-            else "layer"
-            if drive.path.startswith(canonical.DISKS)
-            else "data",
+            role=drive.role,
+            fstype=drive.fstype,
         )
         for drive in drives(vm.config)
     )

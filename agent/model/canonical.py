@@ -17,3 +17,12 @@ DISKS = f"{RUN}/disk"
 BINARY = "/bin/vmm"
 COW = "cow.raw"
 """File name of the VM's own writable disk."""
+OVERLAY = "overlay.qcow2"
+"""File name of the same where it holds what differs from a base image."""
+BASES = "/var/lib/cocoon/cloudimg/blobs"
+"""Base images, read-only: where Cocoon keeps its own, so that overlays find theirs there too."""
+
+
+def base_path(digest: str, kind: str) -> str:
+    """Return where a VMM sees the base image with that SHA-256, in hex; `kind` is its format."""
+    return f"{BASES}/{digest}.{kind}"

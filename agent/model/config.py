@@ -56,14 +56,34 @@ class Disk:
 
 
 @dataclass(frozen=True, slots=True)
+class BaseImage:
+    """The base image behind a VM's own disk, by content, whatever its name is by now.
+
+    `digest` is the SHA-256 of its file, in hex, `format` raw or qcow2, `size` that of the disk in
+    it, in bytes. `copied` tells that the VM has a raw copy and needs the base no more: such is made
+    at the first start by a backend that has no other disks.
+    """
+
+    digest: str
+    format: str
+    size: int
+    copied: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class VmConfig:
-    """The configuration of one VM. `max_cpu` and `max_memory` of 0 follow `cpu` and `memory`."""
+    """The configuration of one VM. `max_cpu` and `max_memory` of 0 follow `cpu` and `memory`.
+
+    `base` is no key: it is what `image` named when that was written.
+    """
 
     cpu: int = 1
     max_cpu: int = 0
     memory: int = 512 * MIB
     max_memory: int = 0
     storage: int = 0
+    image: str = ""
+    base: BaseImage | None = None
     hypervisor: str = "auto"
     boot: Boot | None = None
     disks: tuple[Disk, ...] = ()
@@ -85,6 +105,11 @@ class VmConfig:
     @property
     def most_memory(self) -> int:
         return self.max_memory or self.memory
+
+    @property
+    def own_size(self) -> int:
+        """Bytes that the VM's own writable disk has, 0 for none."""
+        return self.storage or (self.base.size if self.base else 0)
 
     def host_paths(self) -> frozenset[str]:
         """The paths of the host that this configuration names, which only root may add."""
@@ -173,6 +198,11 @@ def _check_together(config: VmConfig, host_cpus: int) -> None:
     if config.max_memory and config.max_memory < config.memory:
         raise Invalid(
             f"max_memory {show_size(config.max_memory)} is below memory {show_size(config.memory)}"
+        )
+    if config.base is not None and 0 < config.storage < config.base.size:
+        raise Invalid(
+            f"storage {show_size(config.storage)} is less than the {show_size(config.base.size)} "
+            f"of the image {config.image}: write that or more, or 0 for the image's size"
         )
     names = [disk.name for disk in config.disks if disk.name]
     serials = [disk.serial for disk in config.disks if disk.serial]
@@ -269,6 +299,12 @@ def is_serial(text: str) -> bool:
     return _SERIAL.fullmatch(text) is not None
 
 
+def _image(raw: Any) -> str:
+    if raw and not (isinstance(raw, str) and is_name(raw)):
+        raise Invalid(f"image {str(raw)[:40]!r} is not the name of an image: look into images/")
+    return raw or ""
+
+
 def _object(what: str, raw: Any, allowed: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise Invalid(f"{what} is not a JSON object")
@@ -350,7 +386,7 @@ def _keys() -> dict[str, Key]:
         Key("max_memory", "memory it may grow to", most_memory, lambda c: c.most_memory),
         Key(
             "storage",
-            "size of the writable disk; 0 for none",
+            "size of the writable disk; 0 for none, or the image's",
             _size("storage", 0, MAXIMUM_STORAGE, 512),
             plain("storage"),
         ),

@@ -4,36 +4,81 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import canonical
-from .config import Disk, VmConfig
+from .config import BaseImage, Disk, VmConfig
 from .launch import Bind
 
 
 @dataclass(frozen=True, slots=True)
+class Backing:
+    """The base image that a disk in qcow2 stands on, at its path in the jail."""
+
+    path: str
+    format: str
+
+
+@dataclass(frozen=True, slots=True)
 class Drive:
-    """A raw disk at its path in the jail."""
+    """A disk at its path in the jail.
+
+    `role` is one of Cocoon's (`SnapshotDisk`): the VM's own is cow, the host's are layer. One in
+    `format` qcow2 has a `backing`, to be named to the VMM: what the file's header says of it was
+    written by a VMM that may have been taken over.
+    """
 
     path: str
     readonly: bool = False
     serial: str = ""
+    role: str = "data"
+    fstype: str = ""
+    format: str = "raw"
+    backing: Backing | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DiskFile:
+    """A disk in the VM's directory, and what it is made as.
+
+    `size` is what the guest sees, in bytes. A new one is empty, or with `fstype` a filesystem, or
+    stands on `base`: in `format` qcow2 as an overlay, in raw as a copy.
+    """
+
+    name: str
+    size: int
+    fstype: str = ""
+    format: str = "raw"
+    base: BaseImage | None = None
 
 
 def drives(config: VmConfig) -> tuple[Drive, ...]:
     """Return the VM's own writable disk, if it has one, then `disks` as they are written."""
-    own = (Drive(f"{canonical.VM}/{canonical.COW}"),) if config.storage else ()
+    own = tuple(
+        Drive(
+            f"{canonical.VM}/{file.name}",
+            role="cow",
+            format=file.format,
+            backing=_backing(file),
+        )
+        for file in _own(config)
+    )
     further = (
-        Drive(_path(index, disk), disk.readonly, disk.serial)
+        Drive(
+            _path(index, disk),
+            disk.readonly,
+            disk.serial,
+            role="layer" if disk.is_host_path else "data",
+            fstype=disk.fstype,
+        )
         for index, disk in enumerate(config.disks)
     )
     return (*own, *further)
 
 
-def disk_files(config: VmConfig) -> Iterator[tuple[str, int]]:
-    """Return name and size in bytes of the raw files that the VM's directory must hold."""
-    if config.storage:
-        yield canonical.COW, config.storage
+def disk_files(config: VmConfig) -> Iterator[DiskFile]:
+    """Return the disks that the VM's directory must hold."""
+    yield from _own(config)
     for disk in config.disks:
         if not disk.is_host_path:
-            yield _file(disk), disk.size
+            yield DiskFile(_file(disk), disk.size, disk.fstype)
 
 
 def host_disk_binds(config: VmConfig) -> tuple[Bind, ...]:
@@ -43,6 +88,21 @@ def host_disk_binds(config: VmConfig) -> tuple[Bind, ...]:
         for index, disk in enumerate(config.disks)
         if disk.is_host_path
     )
+
+
+def _own(config: VmConfig) -> Iterator[DiskFile]:
+    base, size = config.base, config.own_size
+    if base is not None and not base.copied:
+        yield DiskFile(canonical.OVERLAY, size, format="qcow2", base=base)
+    elif size:
+        yield DiskFile(canonical.COW, size, fstype="" if base else "ext4", base=base)
+
+
+def _backing(file: DiskFile) -> Backing | None:
+    if file.format == "raw" or file.base is None:
+        return None
+    path = canonical.base_path(file.base.digest, file.base.format)
+    return Backing(path, file.base.format)
 
 
 def _path(index: int, disk: Disk) -> str:

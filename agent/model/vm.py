@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from .access import Access
-from .config import Boot, Disk, VmConfig
+from .config import BaseImage, Boot, Disk, VmConfig
 
 UNIT_PREFIX = "cocoon-vm-"
 FIRST_UID, LAST_UID = 65536, 99999
@@ -126,6 +126,7 @@ def from_row(row: dict[str, Any]) -> Vm:
     """
     config = dict(row["config"])
     config["boot"] = Boot(**config["boot"]) if config.get("boot") else None
+    config["base"] = BaseImage(**config["base"]) if config.get("base") else None
     config["disks"] = tuple(Disk(**disk) for disk in config.get("disks", ()))
     config["ssh_keys"] = tuple(config.get("ssh_keys", ()))
     return Vm(

@@ -90,9 +90,9 @@ class SnapshotStore:
                 with _owned(own, MEMORY, vm.uid) as live:
                     _check_memory(live, vm)
                     copy_file(live, staging, MEMORY, mode=SHARED, sync=False)
-            for name, _ in disk_files(vm.config):
-                with _owned(own, name, vm.uid) as disk:
-                    copy_file(disk, staging, name, mode=SHARED, sync=False)
+            for file in disk_files(vm.config):
+                with _owned(own, file.name, vm.uid) as disk:
+                    copy_file(disk, staging, file.name, mode=SHARED, sync=False)
 
     def open_base(self, snapshot_id: str) -> Base | None:
         """Open the memory of a snapshot as what changes are counted from.
@@ -247,8 +247,8 @@ class SnapshotStore:
     def sync_disks(self, vm: Vm) -> None:
         """Write the VM's disks out, as far as they are not."""
         with directory.opened_as(self._tree.directory(vm.id), vm.uid) as own:
-            for name, _ in disk_files(vm.config):
-                with _owned(own, name, vm.uid) as disk:
+            for file in disk_files(vm.config):
+                with _owned(own, file.name, vm.uid) as disk:
                     os.fsync(disk)
 
     def stage_restore(self, snapshot: Snapshot, vm: Vm) -> None:

@@ -187,8 +187,8 @@ class Tree:
         own = self.directory(vm.id)
         directory.ensure(own, 0o700, vm.uid)
         with directory.opened_as(own, vm.uid) as opened:
-            for name, size in disk_files(vm.config):
-                ensure_disk(opened, name, size, vm.uid)
+            for file in disk_files(vm.config):
+                ensure_disk(opened, file.name, file.size, vm.uid)
             for name, content in files.items():
                 # Gone first: a file that replaces another by its name, ext4 writes out at once.
                 directory.discard(opened, name)

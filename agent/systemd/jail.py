@@ -9,7 +9,15 @@ import os
 from agent.model import canonical
 from agent.model.config import MAXIMUM_DISKS
 
-_DIRECTORIES = (canonical.VM, canonical.SOCKETS, canonical.DISKS, "/usr", "/lib", "/lib64")
+_DIRECTORIES = (
+    canonical.VM,
+    canonical.SOCKETS,
+    canonical.DISKS,
+    canonical.BASES,
+    "/usr",
+    "/lib",
+    "/lib64",
+)
 _DEVICES = ("/dev/kvm", "/dev/net/tun", "/dev/null", "/dev/urandom", "/dev/userfaultfd")
 _FILES = (
     canonical.BINARY,

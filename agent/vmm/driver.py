@@ -32,6 +32,7 @@ class Capabilities:
     """What a backend can do; the README's table is made from these.
 
     With `elf_kernel` it boots no bzImage: `canonical.KERNEL` must be the ELF that is packed in it.
+    With `qcow2` it has disks in that format too, not only raw ones.
     """
 
     pause: bool = True
@@ -39,6 +40,7 @@ class Capabilities:
     track_dirty: bool = False
     live_resize: bool = False
     disk_serials: bool = False
+    qcow2: bool = False
     first_boot_seed: bool = False
     elf_kernel: bool = False
 

@@ -260,6 +260,12 @@ def _check_possible(config: VmConfig) -> None:
         raise Unsupported(
             f"Firecracker VMs get no first-boot configuration ({', '.join(first_boot)}): {_OTHERS}"
         )
+    if any(drive.format != "raw" for drive in drives(config)):
+        raise Unsupported(
+            f"Firecracker has raw disks only, and this VM's is an overlay in qcow2 on the image "
+            f"{config.image}: {_OTHERS}; or make a new VM with an image in raw (qemu-img convert "
+            "-O raw)"
+        )
     for disk in config.disks:
         if disk.serial:
             raise Unsupported(

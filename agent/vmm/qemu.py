@@ -65,7 +65,7 @@ class Qemu:
     """The driver; `path` names the program where it is not on root's PATH."""
 
     name = "qemu"
-    capabilities = Capabilities(snapshot=True, disk_serials=True)
+    capabilities = Capabilities(snapshot=True, disk_serials=True, qcow2=True)
 
     def __init__(self, path: str = "", *, accelerated: bool | None = None) -> None:
         """`accelerated` says whether guests run on KVM; None asks it, once."""
@@ -327,8 +327,12 @@ def _devices(config: VmConfig) -> list[str]:
 
 
 def _disk(index: int, drive: Drive) -> list[str]:
-    options = f"file={drive.path},format=raw,if=none,id=disk{index}"
+    options = f"file={drive.path},format={drive.format},if=none,id=disk{index}"
     options += ",readonly=on" if drive.readonly else ",discard=unmap"
+    if drive.backing is not None:
+        # In place of what the header of a file says that a VMM has written to.
+        options += f",backing.driver={drive.backing.format},backing.file.driver=file"
+        options += f",backing.file.filename={drive.backing.path}"
     device = f"virtio-blk-pci,drive=disk{index},addr={_FIRST_DISK + index:x}"
     device += f",serial={drive.serial}" if drive.serial else ""
     return ["-drive", options, "-device", device]
