@@ -1,11 +1,13 @@
 """What becomes of VMs without anybody asking: guests power off, VMMs die, systemd restarts them."""
 
 import functools
+import logging
 
 import trio
 
+from agent.model.errors import CocoonError
 from agent.model.vm import UNIT_PREFIX, State, Vm
-from agent.systemd.watch import Resync, UnitChange, UnitState
+from agent.systemd.watch import ENDED, Resync, UnitChange, UnitState
 
 from .operation import Operations
 from .services import PROCESS_GONE, RESTING, Services
@@ -13,6 +15,7 @@ from .start import look_after
 from .stop import describe_exit, ended
 
 _UP = frozenset({State.STARTING, State.RUNNING, State.PAUSED, State.SAVING, State.RESTORING})
+_log = logging.getLogger(__name__)
 
 
 async def watch(
@@ -28,11 +31,25 @@ async def watch(
         async for change in changes:
             match change:
                 case Resync():
-                    for vm in services.index.vms.all():
-                        work = functools.partial(settle, services, vm.id)
-                        operations.run_in_turn(vm.id, work)
+                    await _settle_all(services, operations)
                 case UnitChange(unit, state):
                     _note_change(services, operations, waiting, unit, state)
+
+
+async def _settle_all(services: Services, operations: Operations) -> None:
+    """Settle each VM that has a process, or had one.
+
+    systemd is asked once for all units: of thousands of VMs most may never have been started, and
+    it looks for the files of each unit that it is asked for and does not know.
+    """
+    try:
+        units = await services.units.names()
+    except CocoonError as error:
+        _log.warning("each VM's unit is asked for: %s", error)
+        units = dict.fromkeys((vm.unit for vm in services.index.vms.all()), "unknown")
+    for vm in services.index.vms.all():
+        if vm.state not in RESTING or units.get(vm.unit, "inactive") not in ENDED:
+            operations.run_in_turn(vm.id, functools.partial(settle, services, vm.id))
 
 
 def _note_change(
@@ -63,7 +80,7 @@ def _note_change(
 
 
 def _is_over(state: UnitState | None) -> bool:
-    return state is None or state.active in ("inactive", "failed")
+    return state is None or state.active in ENDED
 
 
 def _agrees(vm: Vm, state: UnitState | None) -> bool:
