@@ -48,11 +48,12 @@ async def set_source(services: Services, caller: Caller, vm_id: str, name: str) 
 async def start_or_clone(services: Services, vm_id: str) -> None:
     """Start the VM, the first time from its snapshot if it has one."""
     vm = services.vm(vm_id)
-    if not vm.is_to_be_cloned or vm.state not in RESTING:
-        await start(services, vm_id)
-        return
-    with trio.move_on_after(_LIMIT) as scope:
-        await _clone(services, vm)
+    with services.rush.start():
+        if not vm.is_to_be_cloned or vm.state not in RESTING:
+            await start(services, vm_id)
+            return
+        with trio.move_on_after(_LIMIT) as scope:
+            await _clone(services, vm)
     if scope.cancelled_caught:
         raise TimedOut(f"VM {vm.name} was not cloned within {_LIMIT:.0f} seconds")
 

@@ -21,6 +21,7 @@ from agent.systemd.unit import Paths
 from agent.vmm.driver import Driver
 
 from .events import Events
+from .rush import Rush
 from .units import Units
 
 
@@ -28,11 +29,12 @@ from .units import Units
 class Services:
     """The rooms below, as one value that every operation gets.
 
-    `background` runs what nobody waits for. `killed` holds the ids of VMs whose end a user asked
-    for since their last start began, whatever else it looks like, `killing` the ends of the kills
-    under way. `claim_host` raises Busy when another agent runs VMs on this host. `jail` is the
-    skeleton that all VMMs start in. `reserved` are the names of snapshots on their way in,
-    `layouts` those of archives, by snapshot, and `reading` limits the threads that read them.
+    `background` runs what nobody waits for, `rush` tells when there is time for it. `killed` holds
+    the ids of VMs whose end a user asked for since their last start began, whatever else it looks
+    like, `killing` the ends of the kills under way. `claim_host` raises Busy when another agent
+    runs VMs on this host. `jail` is the skeleton that all VMMs start in. `reserved` are the names
+    of snapshots on their way in, `layouts` those of archives, by snapshot, and `reading` limits the
+    threads that read them.
     """
 
     index: Index
@@ -47,6 +49,7 @@ class Services:
     jail: str
     claim_host: Callable[[], None]
     snapshots: SnapshotStore
+    rush: Rush = field(default_factory=Rush)
     killed: set[str] = field(default_factory=set)
     killing: dict[str, trio.Event] = field(default_factory=dict)
     reserved: set[str] = field(default_factory=set)

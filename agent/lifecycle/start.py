@@ -27,6 +27,7 @@ from .steps import step
 from .stop import KILL_LIMIT, check_not_killed, describe_exit, ended, let_go
 
 _AFTERWARDS = 0.01  # seconds
+_LATEST = 5.0  # seconds after which a VM is shown, however many others start
 _UNDO_LIMIT = 15.0  # seconds
 _FIRST_LOOK = 0.002  # seconds
 _log = logging.getLogger(__name__)
@@ -328,8 +329,9 @@ async def look_after(services: Services, vm_id: str) -> None:
 
 
 async def show_machine(services: Services, vm_id: str) -> None:
-    """Show the VM in `machinectl`, a moment after who waits for the start has been told."""
+    """Show the VM in `machinectl`, a moment after all who wait for a start have been told."""
     await trio.sleep(_AFTERWARDS)
+    await services.rush.over(_LATEST)
     vm = services.index.vms.get(vm_id)
     if vm is not None and vm.pid:
         with _reporting_trouble(services, vm):
