@@ -77,12 +77,17 @@ class Service:
 
 async def _answers(path: str) -> bool:
     """Whether a child process gets to read `path`; one that hangs is left to end by itself."""
-    child = await trio.lowlevel.open_process(
-        ["/bin/cat", path],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    try:
+        child = await trio.lowlevel.open_process(
+            ["/bin/cat", path],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+    except OSError as error:
+        # A host that is short of processes or memory for a moment is no reason to leave.
+        _log.error("the mount cannot be looked at: %s", error)
+        return False
     with trio.move_on_after(_PROBE_LIMIT):
         return await child.wait() == 0
     child.kill()
