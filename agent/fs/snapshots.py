@@ -77,7 +77,9 @@ class SnapshotsDirectory(TreeDirectory):
         arriving = shelf.find_import(name)
         if arriving is not None:
             await arriving.discard()
-            return
+            if shelf.get(arriving.id) is None:
+                return
+            # The last of it came first: it is a snapshot now.
         stem, suffix = _split(name)
         snapshot = shelf.find(stem)
         if snapshot is None:

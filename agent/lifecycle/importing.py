@@ -66,7 +66,7 @@ class Imports:
         try:
             await arriving.begin()
         except BaseException:
-            arriving.forget()
+            await arriving.discard()
             raise
         return arriving
 
@@ -179,10 +179,25 @@ class Import:
             if name:
                 self._services.reserved.add(name)
             if self._draft is not None and name:
-                await self._publish()
+                try:
+                    await self._publish()
+                except CocoonError:
+                    if not self._handles:  # nobody will close it
+                        await self._throw_away()
+                    raise
 
     async def discard(self) -> None:
         """Throw away what has arrived; harmless when it is a snapshot already."""
+        with trio.CancelScope(shield=True):
+            async with self._turn:
+                await self._throw_away()
+
+    def forget(self) -> None:
+        """Give the name free."""
+        self._among.pop(self.file_name, None)
+        self._services.reserved.discard(self.name)
+
+    async def _throw_away(self) -> None:
         if self._is_over:
             return
         self._is_over = True
@@ -192,11 +207,6 @@ class Import:
             await self._services.tree.in_thread("ending an import", self._remove)
         if self._told:
             self._services.events.happened("REMOVED", self._provisional("import-failed"))
-
-    def forget(self) -> None:
-        """Give the name free."""
-        self._among.pop(self.file_name, None)
-        self._services.reserved.discard(self.name)
 
     async def _skip_to(self, offset: int) -> None:
         if offset <= self.size:
