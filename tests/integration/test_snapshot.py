@@ -279,6 +279,15 @@ def imported(agent: Any, make_vm: Callable[..., Any], vm: Any, name: str) -> Non
     assert counts == list(range(counts[0], counts[0] + len(counts)))
 
 
+FAR_END = """#!/bin/sh
+while [ "$1" != -- ]; do shift; done
+shift 2
+[ "$*" = sftp ] && exec /usr/lib/openssh/sftp-server
+exec sh -c "$*"
+"""
+"""What scp takes for ssh: it runs the other host's program here."""
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -293,6 +302,8 @@ def imported(agent: Any, make_vm: Callable[..., Any], vm: Any, name: str) -> Non
         "cp {source} /var/tmp/{name}.tar; rsync --inplace /var/tmp/{name}.tar {directory}/",
         "cp {source} /var/tmp/{name}.tar; mv /var/tmp/{name}.tar {directory}/",
         "cp --sparse=always {source} /var/tmp/{name}.tar; cp /var/tmp/{name}.tar {directory}/",
+        "scp -qS {far_end} {source} host:{directory}/{name}.tar",
+        "scp -OpqS {far_end} {source} host:{directory}/{name}.tar",
     ],
 )
 def test_an_archive_comes_back_however_it_is_copied(agent, make_vm, name, command, tmp_path):
@@ -304,7 +315,11 @@ def test_an_archive_comes_back_however_it_is_copied(agent, make_vm, name, comman
     copy = tmp_path / "copy.tar"
     shutil.copy(archive(agent, name), copy)
     original = extract(copy, tmp_path / "original")
-    text = command.format(source=copy, directory=agent.mount / "snapshots", name=f"{name}-2")
+    far_end = tmp_path / "far-end"
+    far_end.write_text(FAR_END)
+    far_end.chmod(0o755)
+    directory = agent.mount / "snapshots"
+    text = command.format(source=copy, directory=directory, name=f"{name}-2", far_end=far_end)
     subprocess.run(["bash", "-ec", f"set -o pipefail; {text}"], check=True, timeout=60)
     again = extract(archive(agent, f"{name}-2"), tmp_path / "again")
     assert set(again) == set(original)
