@@ -154,11 +154,8 @@ def _disks(vm: Vm) -> tuple[SnapshotDisk, ...]:
 
 
 def _boot(vm: Vm) -> SnapshotBoot:
-    return SnapshotBoot(
-        kernel_path=canonical.KERNEL if vm.booted.kernel else "",
-        initrd_path=canonical.INITRD if vm.booted.initrd else "",
-        cmdline=vm.config.boot.cmdline if vm.config.boot else "",
-    )
+    # No paths: Cocoon opens what they name when it clones, and kernel and initrd travel as files.
+    return SnapshotBoot(cmdline=vm.config.boot.cmdline if vm.config.boot else "")
 
 
 async def _take(

@@ -85,6 +85,16 @@ def test_what_vms_share_is_roots_and_read_only(agent, make_vm, name):
         assert (facts.st_uid, facts.st_mode & 0o777) == (0, 0o444), path.name
 
 
+def test_a_snapshot_names_no_path_that_cocoon_would_look_for(agent, make_vm, name):
+    vm = counting(make_vm)
+    vm.write("snapshot", name)
+    directory = agent.root_dir / "snapshots" / described(agent, name)["id"]
+    told = json.loads((directory / "cocoon.json").read_text())
+    # Cocoon 0.3.6 opens the kernel when it clones, and takes a disk below its run directory.
+    assert told["boot_config"]["kernel_path"] == told["boot_config"]["initrd_path"] == ""
+    assert [disk["path"] for disk in told["storage_configs"]] == ["/var/lib/cocoon/run/vm/cow.raw"]
+
+
 def test_zeros_in_memory_are_holes_in_a_snapshot(agent, make_vm, name):
     vm = counting(make_vm)
     vm.write("snapshot", name)
