@@ -7,6 +7,7 @@ that its user had running, or resumed that its user had paused.
 import contextlib
 import errno
 import os
+import random
 import shutil
 import threading
 import time
@@ -245,17 +246,37 @@ def test_deleting(agent, make_vm, until, name, step):
 
 @pytest.mark.long
 @pytest.mark.parametrize("number", range(100))
-def test_at_random(agent, make_vm, until, name, tmp_path, number, rng):
+def test_at_random(agent, make_vm, until, name, tmp_path, number, rng, rounds):
+    for turn in range(rounds(1, 3)):
+        at_random(agent, make_vm, until, f"{name}-{turn}", tmp_path, rng)
+
+
+def at_random(
+    agent: Any,
+    make_vm: Callable[..., Any],
+    until: Callable[..., Any],
+    name: str,
+    tmp_path: Path,
+    rng: random.Random,
+) -> None:
+    """Let the agent die, or leave, at any moment of any change; what was acknowledged must hold."""
+    first, second = f"{name}-0", f"{name}-1"
     vm = started(make_vm)
     paused = rng.random() < 0.3
-    vm.write("snapshot", f"{name}-0")
-    acknowledged = {f"{name}-0"}
+    vm.write("snapshot", first)
+    copy = tmp_path / f"{name}.tar"
+    shutil.copyfile(archive(agent, first), copy)
+    clone = make_vm(hypervisor=None, memory=None, boot=None)
+    clone.write("from", first)
     if paused:
         vm.verb("pause")
-    moves: dict[str, Callable[[], None]] = {
-        "take": lambda: vm.write("snapshot", f"{name}-1"),
-        "restore": lambda: vm.write("restore", f"{name}-0"),
-        "hibernate": lambda: vm.write("hibernate", f"{name}-1"),
+    moves: dict[str, Callable[[], object]] = {
+        "take": lambda: vm.write("snapshot", second),
+        "restore": lambda: vm.write("restore", first),
+        "hibernate": lambda: vm.write("hibernate", second),
+        "import": lambda: shutil.copyfile(copy, archive(agent, second)),
+        "clone": lambda: clone.verb("start"),
+        "delete": lambda: archive(agent, first).unlink(),
     }
     move = rng.choice(sorted(moves))
     failures: list[BaseException] = []
@@ -263,29 +284,45 @@ def test_at_random(agent, make_vm, until, name, tmp_path, number, rng):
     def act() -> None:
         try:
             moves[move]()
-            if move != "restore":
-                acknowledged.add(f"{name}-1")
         except BaseException as error:
             failures.append(error)
 
     thread = threading.Thread(target=act)
     thread.start()
-    time.sleep(rng.random() * 0.4)
-    agent.kill()
+    time.sleep(rng.random() * (0.1 if move in ("clone", "delete") else 0.4))
+    if rng.random() < 0.7:
+        agent.kill()
+    else:
+        agent.restart()
     thread.join()
     until(lambda: os.path.ismount(agent.mount))
     until(lambda: vm.state in ("running", "paused", "stopped"))
     for failure in failures:
         assert isinstance(failure, OSError), failure
         assert failure.errno in AWAY, failure
-    assert acknowledged <= names(agent)
+    done = not failures
+    shown = names(agent)
     settled(agent)
-    if move == "take":
-        assert vm.state == ("paused" if paused else "running")
-    if move == "restore":
-        assert vm.state in ("running", "paused")
-    if move == "hibernate" and vm.state == "paused":
-        assert paused
-    for found in names(agent):
+    assert first in shown or move == "delete"
+    if done:
+        assert (second in shown) == (move in ("take", "hibernate", "import"))
+        assert (first in shown) == (move != "delete")
+    match move:
+        case "restore":
+            assert vm.state in ("running", "paused")
+        case "hibernate":
+            # The guest is in one place, and in no other.
+            assert vm.state == ("stopped" if second in shown else "paused" if paused else "running")
+        case _:
+            assert vm.state == ("paused" if paused else "running")
+    if move == "clone":
+        until(lambda: clone.state in ("created", "running", "stopped"))
+        assert clone.state == "running" or not done
+        clone.verb("start")
+        clone.wait_counting()
+        assert clone.counts[0] > 1
+    for found in shown:
         if found.startswith(name):
             whole(agent, found, make_vm, tmp_path)
+    clone.remove()
+    vm.remove()
