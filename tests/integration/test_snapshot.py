@@ -213,6 +213,31 @@ def test_an_archive_has_its_exact_size_and_the_same_bytes_each_time(agent, make_
     assert path.read_bytes() == whole
 
 
+def test_two_reads_of_a_large_archive_are_equal_and_dd_finds_its_place(
+    agent, make_vm, name, rng, rounds, tmp_path
+):
+    size = rounds(16, 2048)
+    vm = make_vm(storage=f"{size}M")
+    vm.verb("start")
+    with (agent.root_dir / "vms" / vm.read("id") / "cow.raw").open("r+b") as disk:
+        for _ in range(size):
+            disk.write(rng.randbytes(1 << 20))
+    vm.write("snapshot", name)
+    path, copy = archive(agent, name), tmp_path / "copy"
+    subprocess.run(["cp", path, copy], check=True, timeout=600)
+    subprocess.run(["cmp", path, copy], check=True, timeout=600)
+    assert copy.stat().st_size > size << 20
+    for _ in range(10):
+        block = rng.randrange(1, 200_000)
+        skip = rng.randrange((size << 20) // block)
+        words = ["dd", f"bs={block}", f"skip={skip}", "count=3", "status=none"]
+        ours, theirs = (
+            subprocess.run([*words, f"if={file}"], check=True, capture_output=True).stdout
+            for file in (path, copy)
+        )
+        assert ours == theirs, words
+
+
 @pytest.mark.parametrize("tool", ["tar", "bsdtar", "python"])
 def test_tools_extract_the_files_bit_for_bit(agent, make_vm, name, tool, tmp_path):
     vm = counting(make_vm)

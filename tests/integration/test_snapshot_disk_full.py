@@ -74,12 +74,13 @@ def vm(small: bool, make_vm: Callable[..., Any], agent: Any) -> Any:
     return vm
 
 
-def test_a_full_disk_while_taking(agent, vm, small, backend):
+@pytest.mark.parametrize("how", ["snapshot", "hibernate"])
+def test_a_full_disk_while_taking(agent, vm, small, backend, how):
     # QEMU's memory is shared with its snapshot like a disk: all that needs room is its state.
     room = 16 * KIB if small and backend == "qemu" else 16 * MIB
     filler = leave(agent, room)
     with refused(errno.ENOSPC):
-        vm.write("snapshot", "full")
+        vm.write(how, "full")
     assert vm.state == "running"
     vm.wait_counting()
     assert "full" not in names(agent)
@@ -119,4 +120,22 @@ def test_a_full_disk_while_cloning(agent, vm, small, make_vm):
         clone.verb("start")
     clone.wait_counting()
     assert vm.state == "running"
+    settled(agent)
+
+
+def test_a_full_disk_while_restoring(agent, vm, small):
+    vm.write("snapshot", "one")
+    pid = vm.pid
+    filler = leave(agent, 16 * MIB)
+    if not small:
+        with refused(errno.ENOSPC):
+            vm.write("restore", "one")
+        assert (vm.state, vm.pid) == ("running", pid)
+        vm.wait_counting()
+        settled(agent)
+        free(filler)
+    vm.write("restore", "one")
+    assert vm.state == "running"
+    assert vm.pid != pid
+    vm.wait_counting()
     settled(agent)

@@ -1,4 +1,4 @@
-"""Two bare hosts, a lab each: what one exports, the other one clones, and boots cold."""
+"""Snapshots from one host to another, and from one boot of a host to the next, a lab each."""
 
 import shutil
 import subprocess
@@ -35,6 +35,24 @@ until grep -q '^count 2\\b' /cocoon/vms/b/console; do sleep 0.1; done
 cat /cocoon/vms/b/state
 """
 
+HIBERNATE = """
+echo '{"name": "a", "hypervisor": "firecracker", "memory": "64M", "storage": "8M",
+    "boot": {"kernel": "'$COCOON_TEST_GUESTS'/guest.elf"}, "state": "start"}' > /cocoon/create
+until grep -q '^count 20' /cocoon/vms/a/console; do sleep 0.1; done
+echo asleep > /cocoon/vms/a/hibernate
+cat /cocoon/vms/a/state
+grep -c '^count' /cocoon/vms/a/console
+"""
+
+WAKE = """
+cat /cocoon/vms/a/state
+before=$(grep -c '^count' /cocoon/vms/a/console)
+echo asleep > /cocoon/vms/a/restore
+cat /cocoon/vms/a/state
+until [ $(grep -c '^count' /cocoon/vms/a/console) -ge $((before + 10)) ]; do sleep 0.1; done
+grep '^count' /cocoon/vms/a/console | tr -d '\\r'
+"""
+
 
 def on_a_host(script: str, state: Path) -> str:
     """Run the script on a host of its own, which keeps `state` in its /var/lib/cocoon."""
@@ -53,3 +71,12 @@ def test_a_snapshot_goes_on_on_another_host_and_boots_cold_there(tmp_path: Path)
     line, state = on_a_host(SECOND, second).splitlines()
     assert int(line.split()[1]) >= 20
     assert state == "running"
+
+
+def test_a_hibernated_vm_wakes_after_the_host_has_booted_again(tmp_path: Path) -> None:
+    state, count = on_a_host(HIBERNATE, tmp_path).splitlines()
+    assert state == "stopped"
+    before, after, *lines = on_a_host(WAKE, tmp_path).splitlines()
+    assert (before, after) == ("stopped", "running")
+    assert len(lines) >= int(count) + 10
+    assert lines[:-1] == [f"count {number}" for number in range(1, len(lines))]
