@@ -6,6 +6,7 @@ snapshot share it, and two reads give the same bytes. Only the bytes of `snapsho
 size, differ between views: each keeps those it was opened with.
 """
 
+import contextlib
 import errno
 import os
 from array import array
@@ -15,13 +16,15 @@ from dataclasses import dataclass
 
 import trio
 
-from agent.model.errors import Failed, from_os_error
+from agent.model.errors import CocoonError, Failed, from_os_error
+from agent.model.size import KIB
 from agent.model.snapshot import METADATA
 
 from . import tar
 from .sparse import Extents, encode_map, scan
 
 _LITERAL, _METADATA = -1, -2
+_READ_AHEAD = 256 * KIB  # bytes: below, telling the loop costs more than it saves
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -179,6 +182,8 @@ class ArchiveView:
         self._metadata = metadata
         self._limiter = limiter
         self._at_once = os.RWF_NOWAIT
+        self._end = -1  # of the last read
+        self._ahead = (-1, bytearray())
 
     async def pread(self, offset: int, size: int) -> bytearray:
         """Return `size` bytes from `offset` on, fewer only at the end.
@@ -186,17 +191,33 @@ class ArchiveView:
         What is in the page cache is returned without a checkpoint; the rest is waited for in a
         thread. Raises Failed when a file cannot be read.
         """
-        buffer = bytearray(max(0, min(size, self.size - offset)))
-        done = self._fill(buffer, offset, 0, self._at_once) if self._at_once else 0
-        if done < len(buffer):
-            await trio.to_thread.run_sync(
-                self._fill, buffer, offset, done, 0, limiter=self._limiter
-            )
+        wanted = max(0, min(size, self.size - offset))
+        (ahead, buffer), self._ahead = self._ahead, (-1, bytearray())
+        if ahead != offset or len(buffer) != wanted:
+            buffer = bytearray(wanted)
+            done = self._fill(buffer, offset, 0, self._at_once) if self._at_once else 0
+            if done < wanted:
+                await trio.to_thread.run_sync(
+                    self._fill, buffer, offset, done, 0, limiter=self._limiter
+                )
+        is_next, self._end = offset == self._end, offset + wanted
+        if is_next and wanted >= _READ_AHEAD and self._at_once:
+            token = trio.lowlevel.current_trio_token()
+            token.run_sync_soon(self._read_ahead, self._end, size)
         return buffer
+
+    def _read_ahead(self, offset: int, size: int) -> None:
+        """Read what comes next while the reader is busy with what it got, if it is in memory."""
+        buffer = bytearray(max(0, min(size, self.size - offset)))
+        if buffer and self._files and self._end == offset:
+            with contextlib.suppress(CocoonError):  # the read itself will say so
+                if self._fill(buffer, offset, 0, self._at_once) == len(buffer):
+                    self._ahead = offset, buffer
 
     def close(self) -> None:
         """Close the files; harmless when that was done before."""
         files, self._files = self._files, ()
+        self._ahead = (-1, bytearray())
         _close_files(files)
 
     def _fill(self, buffer: bytearray, offset: int, done: int, flags: int) -> int:
