@@ -16,8 +16,6 @@ from .command import add_command
 if TYPE_CHECKING:
     from .command import Commands
 
-_PIPE_WIDTH = 0  # a line each, for grep
-
 
 def register(commands: "Commands") -> None:
     """Add the command."""
@@ -39,8 +37,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
     else:
-        terminal = sys.stdout.isatty()
-        width = shutil.get_terminal_size().columns if terminal else _PIPE_WIDTH
+        # Into a pipe a line each, for grep.
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
         sys.stdout.write(show_findings(findings, width))
     return int(any(finding.level is Level.FAIL for finding in findings))
 
