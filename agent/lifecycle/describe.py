@@ -5,6 +5,7 @@ from typing import Any
 
 from agent.model import canonical
 from agent.model.config import show_config
+from agent.model.disks import drives
 from agent.model.vm import Vm, timestamp
 
 
@@ -62,8 +63,12 @@ def describe_vm(vm: Vm) -> dict[str, Any]:
         "user_paused": vm.user_paused,
         "hypervisor_version": vm.hypervisor_version,
         "booted": {"kernel": vm.booted.kernel, "initrd": vm.booted.initrd},
-        # A hash is no password, but not for everyone who may look at the index either.
-        "settings": {key: value for key, value in show_config(config).items() if key != "password"},
+        # Not for everyone who may look at the index: a hash, and what may hold any secret.
+        "settings": {
+            key: value
+            for key, value in show_config(config).items()
+            if key not in ("password", "user_data")
+        },
     }
 
 
@@ -77,15 +82,7 @@ def describe_index(vms: Iterable[Vm]) -> dict[str, Any]:
 
 
 def _storage(vm: Vm) -> list[dict[str, Any]]:
-    disks = []
-    if vm.config.storage:
-        disks.append({"path": f"{canonical.VM}/{canonical.COW}", "ro": False, "serial": ""})
-    number = 0
-    for disk in vm.config.disks:
-        if disk.is_host_path:
-            path = f"{canonical.DISKS}/{number}"
-            number += 1
-        else:
-            path = f"{canonical.VM}/data-{disk.name}.raw"
-        disks.append({"path": path, "ro": disk.readonly, "serial": disk.serial})
-    return disks
+    return [
+        {"path": drive.path, "ro": drive.readonly, "serial": drive.serial}
+        for drive in drives(vm.config, seed=bool(vm.seed))
+    ]

@@ -20,7 +20,7 @@ from . import library, restore, snapshot
 from .pause import connected
 from .reconcile import ALIVE, settle_without_process
 from .services import RESTING, Services
-from .start import Loading, loaded, look_after, plan_launch, recollect
+from .start import Loading, loaded, look_after, plan_launch, recollect, with_seed
 from .stop import KILL_LIMIT, ended
 from .watch import settle
 
@@ -148,7 +148,7 @@ async def _complete(services: Services, vm: Vm, loading: Loading) -> None:
     if unit is None or not unit.main_pid:
         raise Failed(f"VM {vm.name} ended")
     await services.consoles.open(vm)
-    vm, plan = await plan_launch(services.drivers, vm, loads=True)
+    vm, plan = await plan_launch(services.drivers, with_seed(vm, loading), loads=True)
     await loaded(services, vm, plan, loading, unit.main_pid)
 
 

@@ -149,7 +149,7 @@ def _disks(vm: Vm) -> tuple[SnapshotDisk, ...]:
             role=drive.role,
             fstype=drive.fstype,
         )
-        for drive in drives(vm.config)
+        for drive in drives(vm.config, seed=bool(vm.seed))
     )
 
 

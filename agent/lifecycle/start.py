@@ -14,6 +14,7 @@ from agent.model import canonical
 from agent.model.config import HYPERVISORS
 from agent.model.errors import CocoonError, Exists, Failed, Invalid, Missing, TimedOut, Unsupported
 from agent.model.launch import Bind, LaunchPlan
+from agent.model.seed import instance_id, seed_for_boot
 from agent.model.snapshot import Snapshot
 from agent.model.vm import BootFiles, DirtyBase, State, Vm
 from agent.storage.snapshots import MEMORY, STATE
@@ -71,12 +72,14 @@ async def recollect(services: Services, vm_id: str) -> Vm:
         return vm
     loads = vm.is_to_be_cloned
     booted = vm.booted if loads else await _store_boot_files(services, vm)
-    vm, _ = await plan_launch(services.drivers, dataclasses.replace(vm, booted=booted), loads=loads)
+    vm = dataclasses.replace(vm, booted=booted, seed=vm.seed if loads else seed_for_boot(vm))
+    vm, _ = await plan_launch(services.drivers, vm, loads=loads)
     return services.note(
         vm_id,
         hypervisor=vm.hypervisor,
         hypervisor_version=vm.hypervisor_version,
         booted=booted,
+        seed=vm.seed,
     )
 
 
@@ -105,6 +108,11 @@ async def plan_launch(
 
 
 def _planned(vm: Vm, driver: Driver, version: Version, loads: bool) -> tuple[Vm, LaunchPlan]:
+    if vm.seed and not driver.capabilities.first_boot_seed:
+        raise Unsupported(
+            f"{driver.name} VMs get no first-boot configuration: leave out hostname, user, "
+            "password, ssh_keys and user_data"
+        )
     vm = dataclasses.replace(vm, hypervisor=driver.name, hypervisor_version=version.text)
     return vm, driver.plan(vm, version, loads=loads)
 
@@ -124,6 +132,8 @@ async def prepare(
         await services.tree.in_thread(forgetting, services.snapshots.forget_loaded, vm)
     if loading is None or vm.config.boot is not None:
         vm = dataclasses.replace(vm, booted=await _store_boot_files(services, vm))
+    has_seed = bool(vm.seed)
+    vm = with_seed(vm, loading)
     vm, plan = await plan_launch(services.drivers, vm, loads=loading is not None)
     plan = dataclasses.replace(plan, binds=(*plan.binds, *await _boot_binds(services, vm)))
     if loading is not None:
@@ -133,12 +143,26 @@ async def prepare(
         # In memory, as all of /run. First: by it the next agent sees what to give back.
         write_user(vm.uid)
         devices = await services.tree.prepare_vm(vm, plan.files, environment)
+        if vm.seed or has_seed:
+            await services.tree.write_seed(vm, loads=loading is not None)
         await services.consoles.open(vm)
     except BaseException:
         with trio.CancelScope(shield=True, deadline=trio.current_time() + _UNDO_LIMIT):
             await let_go(services, vm)
         raise
     return vm, dataclasses.replace(plan, devices=(*plan.devices, *devices))
+
+
+def with_seed(vm: Vm, loading: Loading | None) -> Vm:
+    """Return `vm` with the seed that it has once it boots or, with `loading`, goes on.
+
+    Then there is one if the snapshot had one: the VMM's state fixes what disks there are.
+    """
+    if loading is None:
+        seed = seed_for_boot(vm)
+    else:
+        seed = instance_id(vm) if loading.snapshot.has_file(canonical.SEED) else ""
+    return dataclasses.replace(vm, seed=seed)
 
 
 async def _store_boot_files(services: Services, vm: Vm) -> BootFiles:
@@ -195,6 +219,7 @@ async def launch(
             hypervisor=vm.hypervisor,
             hypervisor_version=vm.hypervisor_version,
             booted=vm.booted,
+            seed=vm.seed,
             started_at=began,
         )
         properties = vm_unit(_restartable(vm, plan), plan, services.paths(vm))
@@ -243,6 +268,8 @@ async def loaded(services: Services, vm: Vm, plan: LaunchPlan, loading: Loading,
         user_paused=False,
         first_booted=True,
         restoring="",
+        seed=vm.seed,
+        seeded="",  # the guest is the one that the snapshot was taken of
         dirty_base=DirtyBase(loading.snapshot.id, pid) if vm.config.track_dirty else None,
     )
     services.background.start_soon(look_after, services, vm.id)

@@ -1,6 +1,7 @@
 """The ways down: stop, kill, and what is left to do when a VM's process has ended."""
 
 import time
+from typing import Any
 
 import trio
 
@@ -13,6 +14,7 @@ from .services import PROCESS_GONE, Services
 
 _STOP_GRACE = 15.0  # seconds beyond stop_timeout that systemd and the helpers may take
 KILL_LIMIT = 10.0  # seconds
+_ASKED = ("user-stop", "systemd-stop")
 
 
 async def stop(services: Services, vm_id: str) -> None:
@@ -80,8 +82,31 @@ async def ended(
     vm = services.vm(vm_id)
     if vm.state is state and vm.reason == reason and vm.pid == 0:
         return vm
+    changes: dict[str, Any] = {"seeded": vm.seed} if _has_booted(services, vm, reason) else {}
     return services.note(
-        vm_id, state=state, reason=reason, error=error, stopped_at=time.time(), **PROCESS_GONE
+        vm_id,
+        state=state,
+        reason=reason,
+        error=error,
+        stopped_at=time.time(),
+        **PROCESS_GONE,
+        **changes,
+    )
+
+
+def _has_booted(services: Services, vm: Vm, reason: str) -> bool:
+    """Whether the VM's last boot, with a seed, was a success.
+
+    Without an agent in the guest there is one sign: that it powered off when it was asked to. One
+    that ends by itself may have panicked, or wanted to reboot before its first boot is done.
+    """
+    if not vm.seed or vm.state is not State.STOPPING or reason not in _ASKED:
+        return False
+    record = services.exit_record(vm)
+    return (
+        record is not None
+        and (record.result, record.code, record.status) == ("success", "exited", "0")
+        and record.time < vm.updated_at + vm.config.stop_timeout  # then the VMM was ended
     )
 
 

@@ -19,6 +19,8 @@ COW = "cow.raw"
 """File name of the VM's own writable disk."""
 OVERLAY = "overlay.qcow2"
 """File name of the same where it holds what differs from a base image."""
+SEED = "cidata.img"
+"""File name of the disk from which cloud-init learns what to do at a first boot."""
 BASES = "/var/lib/cocoon/cloudimg/blobs"
 """Base images, read-only: where Cocoon keeps its own, so that overlays find theirs there too."""
 

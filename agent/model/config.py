@@ -265,7 +265,8 @@ def _truth(name: str) -> Callable[[Any], bool]:
 
 def _text(name: str, limit: int, pattern: str = "", rule: str = "") -> Callable[[Any], str]:
     def parse(raw: Any) -> str:
-        if not isinstance(raw, str) or len(raw) > limit or "\0" in raw:
+        # A lone surrogate, which JSON can spell, is no character.
+        if not isinstance(raw, str) or len(raw) > limit or re.search("[\0\ud800-\udfff]", raw):
             raise Invalid(f"{name} is not a text of at most {limit} characters")
         if raw and pattern and re.fullmatch(pattern, raw) is None:
             raise Invalid(f"{name} {raw[:40]!r} is not {rule}")

@@ -49,8 +49,15 @@ class DiskFile:
     base: BaseImage | None = None
 
 
-def drives(config: VmConfig) -> tuple[Drive, ...]:
-    """Return the VM's own writable disk, if it has one, then `disks` as they are written."""
+SEED_DRIVE = Drive(f"{canonical.VM}/{canonical.SEED}", readonly=True, role="cidata")
+"""The disk with the seed for the first boot."""
+
+
+def drives(config: VmConfig, *, seed: bool = False) -> tuple[Drive, ...]:
+    """Return the VM's own writable disk, if it has one, then `disks` as they are written.
+
+    With `seed`, the seed's comes last: no name of another changes when it goes.
+    """
     own = tuple(
         Drive(
             f"{canonical.VM}/{file.name}",
@@ -70,7 +77,7 @@ def drives(config: VmConfig) -> tuple[Drive, ...]:
         )
         for index, disk in enumerate(config.disks)
     )
-    return (*own, *further)
+    return (*own, *further, *((SEED_DRIVE,) if seed else ()))
 
 
 def disk_files(config: VmConfig) -> Iterator[DiskFile]:

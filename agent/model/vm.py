@@ -73,6 +73,8 @@ class Vm:
     into its state, `error` why the last operation or the VM failed. `generation` counts committed
     transitions. `from_snapshot` is the id of the snapshot that its first start clones, or cloned;
     `restoring` that of the snapshot it is being put back to; `snapshots` are those taken of it.
+    `seed` is the instance id in the seed that is, or was last, among its disks, "" for none;
+    `seeded` the one with which a guest on its disks has booted.
     """
 
     id: str
@@ -93,6 +95,8 @@ class Vm:
     restoring: str = ""
     dirty_base: DirtyBase | None = None
     first_booted: bool = False
+    seed: str = ""
+    seeded: str = ""
     snapshots: tuple[str, ...] = ()
     created_at: float = 0
     updated_at: float = 0

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from agent.model import canonical
 from agent.model.disks import disk_files
 from agent.model.errors import Damaged, Missing
 from agent.model.snapshot import Snapshot, SnapshotFile, is_disk, metadata_size
@@ -90,9 +91,10 @@ class SnapshotStore:
                 with _owned(own, MEMORY, vm.uid) as live:
                     _check_memory(live, vm)
                     copy_file(live, staging, MEMORY, mode=SHARED, sync=False)
-            for file in disk_files(vm.config):
-                with _owned(own, file.name, vm.uid) as disk:
-                    copy_file(disk, staging, file.name, mode=SHARED, sync=False)
+            disks = [file.name for file in disk_files(vm.config)]
+            for name in (*disks, *([canonical.SEED] if vm.seed else [])):
+                with _owned(own, name, vm.uid) as disk:
+                    copy_file(disk, staging, name, mode=SHARED, sync=False)
 
     def open_base(self, snapshot_id: str) -> Base | None:
         """Open the memory of a snapshot as what changes are counted from.

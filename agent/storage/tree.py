@@ -20,11 +20,13 @@ from agent.model.errors import (
     Unsupported,
     from_os_error,
 )
+from agent.model.seed import seed_files
 from agent.model.vm import Vm
 
 from . import directory
 from .disk import ensure_disk
 from .lend import Lender
+from .seed import seed_image, write_seed
 
 T = TypeVar("T")
 
@@ -96,6 +98,15 @@ class Tree:
         """
         return await self.in_thread(
             f"preparing the files of VM {vm.name}", self._prepare_vm, vm, files, environment
+        )
+
+    async def write_seed(self, vm: Vm, *, loads: bool = False) -> None:
+        """Put the seed into the VM's directory, or remove one it has and no more needs.
+
+        With `loads` it takes the place of the one that came with a snapshot; see `write_seed`.
+        """
+        await self.in_thread(
+            f"writing the first-boot configuration of VM {vm.name}", self._write_seed, vm, loads
         )
 
     async def write_environment(self, vm: Vm, environment: bytes) -> None:
@@ -207,6 +218,14 @@ class Tree:
         except (CocoonError, OSError):
             self._release(vm)
             raise
+
+    def _write_seed(self, vm: Vm, loads: bool) -> None:
+        image = seed_image(seed_files(vm)) if vm.seed else b""
+        with directory.opened_as(self.directory(vm.id), vm.uid) as opened:
+            if vm.seed:
+                write_seed(opened, image, vm.uid, loads=loads)
+            else:
+                directory.discard(opened, canonical.SEED)
 
     def _write_environment(self, vm: Vm, environment: bytes) -> None:
         with directory.opened(self.run_directory(vm.id)) as opened:

@@ -51,7 +51,9 @@ class Firecracker:
     """The driver; `path` names the program where it is not on root's PATH."""
 
     name = "firecracker"
-    capabilities = Capabilities(snapshot=True, track_dirty=True, elf_kernel=True)
+    capabilities = Capabilities(
+        snapshot=True, track_dirty=True, first_boot_seed=True, elf_kernel=True
+    )
 
     def __init__(self, path: str = "", *, io_uring: bool | None = None) -> None:
         """`io_uring` says whether VMMs may use it; None asks the kernel."""
@@ -79,7 +81,7 @@ class Firecracker:
         files: dict[str, bytes] = {}
         boot_arguments: tuple[str, ...] = ()
         if config.boot is not None or not loads:
-            document = self._document(config, version)
+            document = self._document(vm, version)
             files = {CONFIG_FILE: json.dumps(document, indent=2).encode() + b"\n"}
             boot_arguments = ("--config-file", f"{canonical.VM}/{CONFIG_FILE}")
         return LaunchPlan(
@@ -118,7 +120,8 @@ class Firecracker:
         """Talk to a running Firecracker; see Driver."""
         yield FirecrackerVmm(HttpApi(socket, "Firecracker"))
 
-    def _document(self, config: VmConfig, version: Version) -> dict[str, Any]:
+    def _document(self, vm: Vm, version: Version) -> dict[str, Any]:
+        config = vm.config
         boot = config.boot
         if boot is None:
             raise Invalid('there is nothing to boot: write {"kernel": …} to boot')
@@ -133,7 +136,10 @@ class Firecracker:
                 "mem_size_mib": config.memory // MIB,
                 "track_dirty_pages": config.track_dirty,
             },
-            "drives": [self._drive(index, drive) for index, drive in enumerate(drives(config))],
+            "drives": [
+                self._drive(index, drive)
+                for index, drive in enumerate(drives(config, seed=bool(vm.seed)))
+            ],
             "entropy": {},
         }
         if boot.initrd:
@@ -235,11 +241,6 @@ class FirecrackerVmm:
 def _check_possible(config: VmConfig) -> None:
     """Raise Unsupported for what no Firecracker does."""
     assert config.boot is not None
-    first_boot = [
-        name
-        for name in ("hostname", "user", "password", "ssh_keys", "user_data")
-        if getattr(config, name)
-    ]
     if config.boot.firmware:
         raise Unsupported(f"Firecracker boots no firmware: {_OTHERS}; or boot a kernel")
     if config.cpu > _MAXIMUM_CPUS:
@@ -255,10 +256,6 @@ def _check_possible(config: VmConfig) -> None:
         raise Unsupported(
             f"Firecracker cannot add memory later (max_memory {show_size(config.max_memory)}, "
             f"memory {show_size(config.memory)}): cloud-hypervisor can; or write the same to both"
-        )
-    if first_boot:
-        raise Unsupported(
-            f"Firecracker VMs get no first-boot configuration ({', '.join(first_boot)}): {_OTHERS}"
         )
     if any(drive.format != "raw" for drive in drives(config)):
         raise Unsupported(

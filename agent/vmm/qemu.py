@@ -14,7 +14,7 @@ import trio
 
 from agent.model import canonical
 from agent.model.config import VmConfig
-from agent.model.disks import Drive, drives, host_disk_binds
+from agent.model.disks import SEED_DRIVE, Drive, drives, host_disk_binds
 from agent.model.errors import Damaged, Failed, Invalid, Unsupported
 from agent.model.launch import LaunchPlan
 from agent.model.size import MIB, show_size
@@ -43,6 +43,7 @@ _TRANSLATED = 32  # MiB of translated code, the default would be a gigabyte
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 _DATA = ("/usr/share/qemu", "/usr/share/seabios")
 _FIRST_DISK = 8  # slot on the bus; below are the other devices
+_SEED = 30  # its slot: the last, so that the guest finds the disk last
 _STREAM = "cocoon-state"
 # The first bytes of a state: what ran the guest, on which all hangs and which QEMU does not tell.
 _HEADS = {True: b"cocoon-host: QEMU, KVM\n", False: b"cocoon-host: QEMU, TCG\n"}
@@ -65,7 +66,7 @@ class Qemu:
     """The driver; `path` names the program where it is not on root's PATH."""
 
     name = "qemu"
-    capabilities = Capabilities(snapshot=True, disk_serials=True, qcow2=True)
+    capabilities = Capabilities(snapshot=True, disk_serials=True, qcow2=True, first_boot_seed=True)
 
     def __init__(self, path: str = "", *, accelerated: bool | None = None) -> None:
         """`accelerated` says whether guests run on KVM; None asks it, once."""
@@ -102,7 +103,7 @@ class Qemu:
         accelerator = "/dev/kvm" if self._kvm else None
         return LaunchPlan(
             binary=version.binary,
-            arguments=(*self._machine(vm), *_devices(config)),
+            arguments=(*self._machine(vm), *_devices(vm)),
             boot_arguments=tuple(kernel),
             # With a kernel here too: the option ROM that boots it is a part of the machine.
             load_arguments=(*kernel, "-incoming", "defer"),
@@ -311,7 +312,7 @@ def _below(path: str) -> str:
     return os.path.relpath(path, canonical.VM)
 
 
-def _devices(config: VmConfig) -> list[str]:
+def _devices(vm: Vm) -> list[str]:
     """Return the devices; a snapshot relies on the place of each."""
     words = [
         *("-object", "rng-builtin,id=random"),
@@ -321,19 +322,19 @@ def _devices(config: VmConfig) -> list[str]:
         # A guest that was cloned or restored gets another one, and seeds its random numbers anew.
         *("-device", "vmgenid,guid=auto"),
     ]
-    for index, drive in enumerate(drives(config)):
-        words += _disk(index, drive)
+    for index, drive in enumerate(drives(vm.config, seed=bool(vm.seed))):
+        words += _disk(index, drive, _SEED if drive == SEED_DRIVE else _FIRST_DISK + index)
     return words
 
 
-def _disk(index: int, drive: Drive) -> list[str]:
+def _disk(index: int, drive: Drive, slot: int) -> list[str]:
     options = f"file={drive.path},format={drive.format},if=none,id=disk{index}"
     options += ",readonly=on" if drive.readonly else ",discard=unmap"
     if drive.backing is not None:
         # In place of what the header of a file says that a VMM has written to.
         options += f",backing.driver={drive.backing.format},backing.file.driver=file"
         options += f",backing.file.filename={drive.backing.path}"
-    device = f"virtio-blk-pci,drive=disk{index},addr={_FIRST_DISK + index:x}"
+    device = f"virtio-blk-pci,drive=disk{index},addr={slot:x}"
     device += f",serial={drive.serial}" if drive.serial else ""
     return ["-drive", options, "-device", device]
 
@@ -357,13 +358,4 @@ def _check_possible(config: VmConfig) -> None:
         raise Unsupported(
             "QEMU keeps no record of changed memory, and its snapshots need none: "
             "set track_dirty to no"
-        )
-    first_boot = [
-        name
-        for name in ("hostname", "user", "password", "ssh_keys", "user_data")
-        if getattr(config, name)
-    ]
-    if first_boot:
-        raise Unsupported(
-            f"QEMU VMs get no first-boot configuration yet ({', '.join(first_boot)}): leave it out"
         )

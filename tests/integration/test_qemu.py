@@ -18,7 +18,9 @@ from snapshot_tools import archive, described, names, refused, settled
 
 from agent.vmm import kvm
 
-BUILD = Path(__file__).parents[1] / "guest/build-linux"
+TREE = Path(__file__).parents[2]
+BUILD = TREE / "tests/guest/build-linux"
+SOURCES = (TREE / "packaging/hello-guest", TREE / "tests/guest/linux-main")
 BOOT_SECONDS = 180  # on a busy machine; some 5 on an idle one
 
 
@@ -27,7 +29,8 @@ def linux() -> dict[str, str]:
     """What to boot: Debian's kernel with an initrd that counts and runs what it reads."""
     if shutil.which("qemu-system-x86_64") is None:
         pytest.skip("qemu-system-x86_64 is not installed")
-    digest = hashlib.sha256(BUILD.read_bytes()).hexdigest()[:12]
+    content = b"".join(source.read_bytes() for source in SOURCES)
+    digest = hashlib.sha256(content).hexdigest()[:12]
     built = Path(os.environ["COCOON_TEST_GUESTS"]).parent / f"linux-{digest}"
     if not (built / "vmlinuz").exists():
         subprocess.run([BUILD, built], check=True, timeout=300)
@@ -190,6 +193,57 @@ def test_a_snapshot_is_restored_cloned_and_carried_over(agent, make_linux, make_
     third.verb("kill")
     vm.verb("kill")
     settled(agent)
+
+
+def test_the_first_boot_has_its_seed_and_a_clone_one_of_its_own(
+    agent, make_linux, make_vm, name, until
+):
+    vm = make_linux(user="joe", password="a secret", ssh_keys=["ssh-ed25519 AAAA joe"])
+    vm.verb("start")
+    wait_up(vm, until)
+    assert told(vm, until, "hostname") == vm.name
+    seed = agent.root_dir / "vms" / vm.read("id") / "cidata.img"
+    facts = seed.stat()
+    uid = Path(f"/proc/{vm.pid}").stat().st_uid
+    assert (facts.st_mode & 0o777, facts.st_uid) == (0o600, uid)
+    content = seed.read_bytes()
+    secret = json.loads(vm.read("config"))["password"]
+    assert secret.encode() in content
+    assert b"a secret" not in content
+    for shown in ("index.json", "events", f"vms/{vm.name}/info.json"):
+        assert secret not in (agent.mount / shown).read_text()
+
+    vm.write("snapshot", name)
+    assert "cidata.img" in described(agent, name)["files"]
+    clone = make_vm(hypervisor=None, memory=None, boot=None)
+    clone.write("from", name)
+    clone.verb("start")
+    mount = "mount -t iso9660 -o ro /dev/vdb /seed; cat /seed/meta-data; umount /seed"
+    meta = json.loads(told(clone, until, mount))
+    assert meta["local-hostname"] == clone.name
+    assert meta["instance-id"].startswith(clone.read("id"))
+    vm.write("restore", name)
+    assert json.loads(told(vm, until, mount))["local-hostname"] == vm.name
+
+    # A clone that was killed before it booted by itself is told at its first boot who it is.
+    clone.verb("kill")
+    clone.verb("start")
+    until(lambda: "guest is up" in clone.read("console"), BOOT_SECONDS, "the clone boots")
+    assert told(clone, until, "hostname") == clone.name
+    clone.verb("kill")
+
+    # It powered off when it was asked to: the seed has done its work, until a key changes.
+    vm.verb("stop")
+    vm.verb("start")
+    until(lambda: vm.read("console").count("guest is up") == 2, BOOT_SECONDS, "it is up again")
+    assert told(vm, until, "hostname; ls /sys/block").split() == ["(none)", "vda"]
+    assert not seed.exists()
+    vm.verb("stop")
+    vm.write("hostname", "other")
+    vm.verb("start")
+    until(lambda: vm.read("console").count("guest is up") == 3, BOOT_SECONDS, "it is up again")
+    assert told(vm, until, "hostname") == "other"
+    vm.verb("kill")
 
 
 def test_a_vm_is_hibernated_and_woken(agent, make_linux, name, until):

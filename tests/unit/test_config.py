@@ -152,6 +152,7 @@ def test_any_json_value_of_a_key_is_refused_or_understood(key, value):
         ({"user": "Root"}, "not a user name"),
         ({"ssh_keys": "x"}, "not a list of at most 100"),
         ({"ssh_keys": ["a\nb"]}, "one public key a line"),
+        ({"user_data": "\ud800"}, "not a text"),
     ],
 )
 def test_a_refusal_names_the_key_and_the_rule(changes, words):

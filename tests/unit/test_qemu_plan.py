@@ -104,6 +104,19 @@ def test_it_may_use_the_guests_memory_and_128_mib():
     assert launch.dynamic
 
 
+def test_the_seed_is_the_last_disk_and_moves_no_other():
+    config = VmConfig(boot=KERNEL, storage=GIB, disks=(Disk(name="data", size=MIB),), user="joe")
+    vm = Vm("a" * 26, "web", 70000, Access(0, 0), config)
+    driver = Qemu(accelerated=False)
+    without = driver.plan(vm, VERSION).arguments
+    with_seed = driver.plan(dataclasses.replace(vm, seed="x"), VERSION).arguments
+    assert with_seed[: len(without)] == without
+    drive, device = with_seed[len(without) + 1 :: 2]
+    assert drive.split(",")[0] == f"file={canonical.VM}/cidata.img"
+    assert "readonly=on" in drive.split(",")
+    assert "addr=1e" in device.split(",")
+
+
 def test_no_word_would_need_quoting_in_qemus_option_lists():
     launch = plan(storage=GIB, disks=(Disk(path="/srv/a,b", readonly=True),))
     assert not any("/srv" in word for word in launch.arguments)
@@ -116,7 +129,6 @@ def test_no_word_would_need_quoting_in_qemus_option_lists():
         ({"memory": GIB, "max_memory": 2 * GIB}, "max_memory 2G"),
         ({"boot": Boot(firmware="OVMF.fd")}, "firmware"),
         ({"track_dirty": True}, "track_dirty"),
-        ({"hostname": "web", "user_data": "#!/bin/sh"}, "hostname, user_data"),
     ],
 )
 def test_what_it_does_not_do_is_refused_by_name(config, words):
