@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from agent.model.access import Access
-from agent.model.config import VmConfig, parse_config
+from agent.model.config import BaseImage, VmConfig, parse_config
 from agent.model.errors import Failed, Unsupported
 from agent.model.seed import instance_id, seed_files, seed_for_boot
 from agent.model.size import MIB
@@ -163,6 +163,9 @@ def test_the_seed_is_there_until_a_boot_with_it_was_a_success():
     assert seed_for_boot(booted) == ""
     changed = dataclasses.replace(booted, config=dataclasses.replace(vm.config, user="ann"))
     assert seed_for_boot(changed) not in ("", vm.seed)
+    # A guest from an image looks for one whatever its keys are.
+    image = BaseImage("0" * 64, "qcow2", MIB)
+    assert seed_for_boot(dataclasses.replace(make(), config=VmConfig(base=image)))
     # One that came from a snapshot with a seed is an instance of its own without any key.
     clone = dataclasses.replace(make("clone"), seed="as it was loaded")
     assert seed_for_boot(clone) == instance_id(clone)
