@@ -22,6 +22,8 @@ from .transcript import Transcript
 from .vm_console import NoProcess, VmConsole
 
 LOG_END: Final = 64 * 1024
+SETTLING: Final = 0.02
+"""Seconds in which what the log has already arrives through the connection as well."""
 RETRY: Final = 0.25
 """Seconds between attempts to connect again."""
 GRACE: Final = 0.5
@@ -170,6 +172,9 @@ class Session:
         except CocoonError:
             connection.close()
             raise
+        on_its_way = select.poll()
+        on_its_way.register(connection, select.POLLIN)
+        on_its_way.poll(SETTLING * 1000)
         fresh = b""
         # The end of the connection, should it be there already, is seen again.
         with contextlib.suppress(BlockingIOError, ConnectionError):

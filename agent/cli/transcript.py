@@ -9,6 +9,9 @@ from typing import Final
 _KEPT: Final = 1024
 """Bytes of what was shown by which its end is found again in the log."""
 _LONGEST_OVERLAP: Final = 8192
+"""Bytes that a guest says while a connection is made, at most."""
+_SHORTEST_OVERLAP: Final = 8
+"""Bytes that are no coincidence: better a word twice than one lost."""
 
 
 class Transcript:
@@ -18,9 +21,15 @@ class Transcript:
         """Begin; of a log that is seen first, the last `lines` lines are to be shown."""
         self._lines = lines
         self._shown = b""
+        self._expected = b""
 
     def show(self, data: bytes) -> bytes:
-        """Remember that `data` is shown, and return it."""
+        """Return what to show of what came through the connection, and remember it."""
+        known = min(len(data), len(self._expected))
+        if data[:known] == self._expected[:known]:
+            data, self._expected = data[known:], self._expected[known:]
+        else:
+            self._expected = b""  # it was a coincidence
         self._shown = (self._shown + data)[-_KEPT:]
         return data
 
@@ -32,18 +41,23 @@ class Transcript:
         """
         at = log.rfind(self._shown) if self._shown else -1
         missed = log[at + len(self._shown) :] if at >= 0 else last_lines(log, self._lines)
-        return self.show(missed + fresh[overlap(log, fresh) :])
+        self._expected = b""
+        missed = self.show(missed)
+        self._expected = _known(log[-_LONGEST_OVERLAP:], fresh)
+        return missed + self.show(fresh)
 
 
-def overlap(before: bytes, after: bytes) -> int:
-    """Return how many bytes at the end of `before` are the first ones of `after`, at most.
-
-    More than _LONGEST_OVERLAP are not looked for: they do not come within one connecting.
-    """
-    for length in range(min(len(before), len(after), _LONGEST_OVERLAP), 0, -1):
-        if before.endswith(after[:length]):
-            return length
-    return 0
+def _known(log: bytes, fresh: bytes) -> bytes:
+    """Return the end of `log` that will come through a connection that began with `fresh`."""
+    if len(fresh) < _SHORTEST_OVERLAP:
+        return b""
+    at = log.rfind(fresh)
+    if at >= 0:
+        return log[at:]
+    for length in range(min(len(log), len(fresh)), _SHORTEST_OVERLAP - 1, -1):
+        if log.endswith(fresh[:length]):
+            return fresh[:length]
+    return b""
 
 
 def last_lines(log: bytes, count: int) -> bytes:
