@@ -91,6 +91,9 @@ class Session:
                 self._turn(signals)
         finally:
             if self._connection is not None:
+                # What was typed just before leaving.
+                with contextlib.suppress(OSError):
+                    self._connection.send(self._to_guest)
                 self._connection.close()
             self._output.undo_modes()
         if self._farewell:
