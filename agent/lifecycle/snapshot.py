@@ -344,9 +344,8 @@ async def _undo(services: Services, vm: Vm, snapshot: Snapshot) -> None:
         )
     except CocoonError as error:
         _log.error("snapshot %s leaves files until the next start: %s", snapshot.name, error)
-    if services.index.snapshots.get(snapshot.id) is not None:
+    if is_recorded := services.index.snapshots.get(snapshot.id) is not None:
         services.index.snapshots.forget(snapshot)
-        await services.index.sync()
     now = services.index.vms.get(vm.id)
     if now is not None and (snapshot.id in now.snapshots or now.state is State.SAVING):
         left = tuple(taken for taken in now.snapshots if taken != snapshot.id)
@@ -354,3 +353,9 @@ async def _undo(services: Services, vm: Vm, snapshot: Snapshot) -> None:
         if state is State.SAVING:
             state = State.PAUSED if vm.user_paused else State.RUNNING
         services.note(vm.id, state=state, snapshots=left, dirty_base=None)
+    if is_recorded:
+        try:
+            await services.index.sync(frees=True)
+        except CocoonError as error:
+            # It goes with the next commit; an agent that dies before is undone by the next one.
+            _log.error("snapshot %s stays in the index for now: %s", snapshot.name, error)
