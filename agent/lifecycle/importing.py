@@ -15,11 +15,10 @@ from typing import Any, TypeVar
 import trio
 
 from agent.model.access import Access, Caller
-from agent.model.errors import CocoonError, Exists, Invalid
+from agent.model.errors import CocoonError, Exists, Invalid, Unsupported
 from agent.model.names import check_name, is_name, new_id
 from agent.model.size import MIB
 from agent.model.snapshot import Snapshot, SnapshotState
-from agent.model.vmstate import check_vmstate
 from agent.storage.importer import ImportSink
 from agent.storage.snapshots import STATE
 
@@ -257,8 +256,8 @@ class Import:
     def _finish(self, sink: ImportSink) -> Snapshot:
         draft = sink.finish()
         store = self._services.snapshots
-        if draft.hypervisor == "firecracker":
-            check_vmstate(store.read_staged(self.id, STATE))
+        with contextlib.suppress(Unsupported):  # another host can load it
+            library.check_state(self._services, draft, lambda: store.read_staged(self.id, STATE))
         kernel, initrd = (
             store.digest(self.id, name) if draft.has_file(name) else ""
             for name in ("kernel", "initrd")

@@ -2,12 +2,13 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from agent.model.access import READ, Access, Caller
-from agent.model.errors import Denied, Exists, Failed, Invalid, Missing, NotPermitted
+from agent.model.errors import Damaged, Denied, Exists, Failed, Invalid, Missing, NotPermitted
 from agent.model.names import check_name
+from agent.model.size import MIB
 from agent.model.snapshot import (
     Snapshot,
     SnapshotState,
@@ -17,9 +18,12 @@ from agent.model.snapshot import (
 )
 from agent.model.vm import timestamp
 from agent.storage.archive import ArchiveView, Layout, open_view
+from agent.storage.snapshots import STATE
 
 from .services import Services
 from .steps import step
+
+_LARGEST_STATE = 64 * MIB
 
 
 def find(services: Services, name: str) -> Snapshot | None:
@@ -34,6 +38,20 @@ def ready(services: Services, snapshot_id: str) -> Snapshot:
     if snapshot is None or snapshot.state is not SnapshotState.READY:
         raise Missing("the snapshot was removed meanwhile")
     return snapshot
+
+
+def check_state(services: Services, snapshot: Snapshot, read: Callable[[], bytes]) -> None:
+    """Raise Damaged or Unsupported for a state, got by `read`, that the VMM would not load.
+
+    Blocks.
+    """
+    driver = services.drivers.get(snapshot.hypervisor)
+    sizes = [file.size for file in snapshot.files if file.name == STATE]
+    if driver is None or not sizes:
+        return
+    if sizes[0] > _LARGEST_STATE:
+        raise Damaged(f"{STATE} of {sizes[0]} bytes is too large to be one")
+    driver.check_state(read())
 
 
 def readable(services: Services, caller: Caller, name: str) -> Snapshot:

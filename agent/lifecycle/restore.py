@@ -6,6 +6,7 @@ started with what the snapshot holds. The directory replaced stays until that ha
 """
 
 import dataclasses
+import functools
 import logging
 
 import trio
@@ -15,7 +16,6 @@ from agent.model.errors import CocoonError, Invalid, TimedOut, Unsupported
 from agent.model.pinned import boot_files, pin
 from agent.model.snapshot import Snapshot
 from agent.model.vm import BootFiles, State, Vm
-from agent.model.vmstate import check_vmstate
 
 from . import library
 from .services import PROCESS_GONE, RESTING, Services
@@ -72,8 +72,8 @@ async def _stage(services: Services, vm: Vm, snapshot: Snapshot) -> None:
     await tree.in_thread("storing a kernel", store.store_boot, snapshot)
     await tree.in_thread(f"staging snapshot {snapshot.name}", store.stage_restore, snapshot, vm)
     try:
-        if snapshot.hypervisor == "firecracker":
-            check_vmstate(await tree.in_thread("reading a state", store.read_state, snapshot))
+        read = functools.partial(store.read_state, snapshot)
+        await tree.in_thread("checking a state", library.check_state, services, snapshot, read)
     except BaseException:
         with trio.CancelScope(shield=True):
             await _unstage(services, vm)

@@ -144,6 +144,14 @@ class Driver(Protocol):
         """
         ...
 
+    def check_state(self, state: bytes) -> None:
+        """Raise Damaged when `state`, what `Vmm.snapshot` wrote to its file, is not whole.
+
+        Raise Unsupported when it is, and this host cannot load it all the same. Takes some
+        milliseconds: callers run it in a thread.
+        """
+        ...
+
     def answers(self, pid: int) -> bool:
         """Whether the process `pid`, launched to boot a guest, has come so far as to be asked.
 

@@ -14,6 +14,7 @@ from agent.model.errors import Failed, Invalid, Unsupported
 from agent.model.launch import LaunchPlan
 from agent.model.size import MIB, show_size
 from agent.model.vm import Vm
+from agent.model.vmstate import check_vmstate
 
 from .driver import Capabilities, Directory, Version, VmmState
 from .http import HttpApi
@@ -94,6 +95,10 @@ class Firecracker:
             binds=host_disk_binds(config),
             dynamic=version.dynamic,
         )
+
+    def check_state(self, state: bytes) -> None:
+        """Raise Damaged for a state that is not whole; see Driver."""
+        check_vmstate(state)
 
     def answers(self, pid: int) -> bool:
         """Whether the process can be asked; see Driver.

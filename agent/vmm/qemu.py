@@ -6,16 +6,18 @@ what is loaded is a copy of the file. Everything of the machine that such a stre
 written out here: type, CPU model, and each device's place on the bus.
 """
 
+import functools
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 import trio
 
 from agent.model import canonical
 from agent.model.config import VmConfig
 from agent.model.disks import SEED_DRIVE, Drive, drives, host_disk_binds
-from agent.model.errors import Damaged, Failed, Invalid, Unsupported
+from agent.model.errors import Failed, Invalid, Unsupported
 from agent.model.launch import LaunchPlan
 from agent.model.size import MIB, show_size
 from agent.model.vm import Vm
@@ -23,7 +25,10 @@ from agent.model.vm import Vm
 from .driver import Capabilities, Directory, Version, VmmState
 from .kvm import kvm_obstacle
 from .program import Program
+from .qemu_state import check_room, check_state, create_state, open_state, seal_state
 from .qmp import QmpConnection, open_qmp
+
+T = TypeVar("T")
 
 DEFAULT_CMDLINE = "console=ttyS0 panic=1 loglevel=3"
 """`panic=1` makes a panic a reboot, which ends the process."""
@@ -45,9 +50,6 @@ _DATA = ("/usr/share/qemu", "/usr/share/seabios")
 _FIRST_DISK = 8  # slot on the bus; below are the other devices
 _SEED = 30  # its slot: the last, so that the guest finds the disk last
 _STREAM = "cocoon-state"
-# The first bytes of a state: what ran the guest, on which all hangs and which QEMU does not tell.
-_HEADS = {True: b"cocoon-host: QEMU, KVM\n", False: b"cocoon-host: QEMU, TCG\n"}
-_RUNS_ON = {_HEADS[True]: "KVM", _HEADS[False]: "QEMU's translator"}
 _BANDWIDTH = 1 << 40  # bytes a second: do not hold the stream back
 _STATES = {
     "running": VmmState.RUNNING,
@@ -113,6 +115,10 @@ class Qemu:
             devices=("/dev/null", *([accelerator] if accelerator else [])),
             dynamic=version.dynamic,
         )
+
+    def check_state(self, state: bytes) -> None:
+        """Raise Damaged or Unsupported for a state that cannot be loaded; see Driver."""
+        check_state(state, kvm=self._kvm)
 
     def answers(self, pid: int) -> bool:
         """Whether the process can be asked; see Driver.
@@ -197,14 +203,20 @@ class QemuVmm:
             await self._qmp.execute("cont", timeout=timeout)
             await self._qmp.execute("stop", timeout=timeout)
         await self._prepare(timeout)
-        head = _HEADS[await self._has_kvm(timeout)]
-        file = await trio.to_thread.run_sync(self._create, _below(state), head)
+        kvm = await self._has_kvm(timeout)
+        file = await _in_thread(create_state, self._directory, _below(state))
         try:
             await self._hand_over(file, timeout)
+            await self._qmp.execute("migrate", {"uri": f"fd:{_STREAM}"}, timeout=timeout)
+            try:
+                await self._finish("saved", timeout)
+            except Failed:
+                # QEMU 7.2 does not say why it could not write.
+                await _in_thread(check_room, file)
+                raise
+            await _in_thread(seal_state, file, kvm=kvm)
         finally:
             os.close(file)
-        await self._qmp.execute("migrate", {"uri": f"fd:{_STREAM}"}, timeout=timeout)
-        await self._finish("saved", timeout)
 
     async def load(
         self,
@@ -217,8 +229,8 @@ class QemuVmm:
     ) -> None:
         """Load a snapshot, whose memory this QEMU was started with; see Vmm."""
         await self._prepare(timeout)
-        head = _HEADS[await self._has_kvm(timeout)]
-        file = await trio.to_thread.run_sync(self._open, _below(state), head)
+        kvm = await self._has_kvm(timeout)
+        file = await _in_thread(open_state, self._directory, _below(state), kvm=kvm)
         try:
             await self._hand_over(file, timeout)
         finally:
@@ -261,50 +273,9 @@ class QemuVmm:
                 reason = f": {words}"
         raise Failed(f"QEMU could not have its state {done}{reason}")
 
-    def _create(self, path: str, head: bytes) -> int:
-        """Make the file, the VM's as all in its directory, for QEMU to write on after `head`."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        parent = self._parent(path)
-        try:
-            file = os.open(os.path.basename(path), flags, 0o600, dir_fd=parent)
-            owner = os.fstat(parent)
-            os.fchown(file, owner.st_uid, owner.st_gid)
-            os.write(file, head)
-            return file
-        except OSError as error:
-            raise Failed(f"{path} cannot be made: {error.strerror}") from error
-        finally:
-            os.close(parent)
 
-    def _open(self, path: str, head: bytes) -> int:
-        """Open the file for QEMU to read on after `head`."""
-        parent = self._parent(path)
-        try:
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            file = os.open(os.path.basename(path), flags, dir_fd=parent)
-        except OSError as error:
-            raise Failed(f"{path} cannot be opened: {error.strerror}") from error
-        finally:
-            os.close(parent)
-        try:
-            found = os.read(file, len(head))
-            if found not in _HEADS.values():
-                raise Damaged(f"{path} is not a state that QEMU wrote for this agent")
-            if found != head:
-                theirs, ours = (_RUNS_ON[part] for part in (found, head))
-                raise Unsupported(f"the guest ran on {theirs} when it was saved, here it is {ours}")
-        except BaseException:
-            os.close(file)
-            raise
-        return file
-
-    def _parent(self, path: str) -> int:
-        flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            with self._directory() as own:
-                return os.open(os.path.dirname(path) or ".", flags, dir_fd=own)
-        except OSError as error:
-            raise Failed(f"the directory of {path} is not there: {error.strerror}") from error
+async def _in_thread(act: Callable[..., T], *args: object, **options: object) -> T:
+    return await trio.to_thread.run_sync(functools.partial(act, *args, **options))
 
 
 def _below(path: str) -> str:

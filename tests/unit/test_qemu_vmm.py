@@ -1,14 +1,15 @@
 """What QEMU is told to save and to load, in which order, and what its answers mean."""
 
 import contextlib
+import errno
 import os
 
 import pytest
 
 from agent.model import canonical
-from agent.model.errors import Damaged, Failed, Unsupported
+from agent.model.errors import Damaged, Failed, NoSpace, Unsupported
 from agent.vmm.driver import VmmState
-from agent.vmm.qemu import QemuVmm
+from agent.vmm.qemu import Qemu, QemuVmm
 
 pytestmark = pytest.mark.anyio
 
@@ -104,12 +105,40 @@ async def test_a_state_that_could_not_be_saved_is_a_failure_in_qemus_words(vmm, 
         await vmm.snapshot(STATE, MEMORY)
 
 
-async def test_a_state_goes_on_only_where_the_guest_runs_the_same_way(vmm, qmp):
+async def test_a_state_goes_on_only_where_the_guest_runs_the_same_way(vmm, qmp, tmp_path):
     await vmm.snapshot(STATE, MEMORY)
     qmp.kvm = True
     with pytest.raises(Unsupported, match="ran on QEMU's translator when it was saved, here.*KVM"):
         await vmm.load(STATE, MEMORY)
+    with pytest.raises(Unsupported):
+        Qemu(accelerated=True).check_state((tmp_path / "save/vmstate").read_bytes())
+    Qemu(accelerated=False).check_state((tmp_path / "save/vmstate").read_bytes())
     assert "migrate-incoming" not in qmp.told
+
+
+@pytest.mark.parametrize("place", [0, 14, 40, 100, -1])
+async def test_a_bit_that_turned_in_a_state_is_noticed(vmm, qmp, tmp_path, place):
+    await vmm.snapshot(STATE, MEMORY)
+    state = tmp_path / "save/vmstate"
+    content = bytearray(state.read_bytes())
+    Qemu().check_state(bytes(content))
+    content[place] ^= 4
+    state.write_bytes(content)
+    with pytest.raises(Damaged):
+        Qemu().check_state(bytes(content))
+    with pytest.raises(Damaged):
+        await vmm.load(STATE, MEMORY)
+    assert "migrate-incoming" not in qmp.told
+
+
+async def test_a_state_that_finds_no_room_is_told_from_other_failures(vmm, qmp, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    qmp.outcome = "failed"
+    with pytest.raises(NoSpace):
+        await vmm.snapshot(STATE, MEMORY)
 
 
 @pytest.mark.parametrize("content", [b"", b"short", bytes(100)])
