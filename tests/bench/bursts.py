@@ -4,12 +4,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import product
+from backends import Backend
 from floor import Floor, Unit, open_floor
 from product import MIB
 from report import Row
 
-BURST = 64
-OTHERS = 128
 DENSITY = 200
 AT_ONCE = 16
 MEMORY = 64 * MIB
@@ -17,30 +16,33 @@ DENSE_MEMORY = 32 * MIB
 _MS = 1000
 
 
-def burst(long: bool) -> Iterator[Row]:
-    """64 at once, with none and with 128 others running."""
-    names = [f"burst{number}" for number in range(BURST)]
-    with open_floor() as floor, product.vms(names, MEMORY):
+def burst(backend: Backend, long: bool) -> Iterator[Row]:
+    """Many at once, with none and with others running."""
+    names = [f"burst{number}" for number in range(backend.burst)]
+    with open_floor(backend) as floor, product.vms(names, MEMORY, backend.name):
         units = floor.prepare(names, MEMORY)
-        yield from compare(floor, units, names, 8 if long else 3)
+        yield from compare(backend, floor, units, names, 8 if long else 3)
 
 
 def compare(
+    backend: Backend,
     floor: Floor,
     units: Sequence[Unit],
     names: Sequence[str],
     rounds: int,
     renew: Callable[[str], object] = lambda _: None,
 ) -> Iterator[Row]:
-    """Start `units` and the VMs `names`, in turn, with none and with 128 others running.
+    """Start `units` and the VMs `names`, in turn, with none and with others running.
 
     `renew` makes a VM that was killed one that can be started in the same way.
     """
     yield from _compare(floor, units, names, rounds, renew, "none running")
-    others = [f"other{number}" for number in range(OTHERS)]
-    with product.vms(others, MEMORY):
+    if not backend.others:
+        return
+    others = [f"other{number}" for number in range(backend.others)]
+    with product.vms(others, MEMORY, backend.name):
         product.start_all(others, AT_ONCE)
-        yield from _compare(floor, units, names, rounds, renew, f"{OTHERS} running")
+        yield from _compare(floor, units, names, rounds, renew, f"{len(others)} running")
 
 
 def _compare(
@@ -59,10 +61,11 @@ def _compare(
     floor_cpu: list[float] = []
     agent_cpu: list[float] = []
     pid = product.agent_pid()
+    many = len(names)
     for number in range(rounds + 1):
         with product.agent_frozen():
             before = product.lab_cpu_seconds()
-            floor_rate = BURST / floor.start(units)
+            floor_rate = many / floor.start(units)
             floor_used = product.lab_cpu_seconds() - before
             floor.stop(units)
         before, agent_before = product.lab_cpu_seconds(), product.cpu_seconds(pid)
@@ -76,23 +79,23 @@ def _compare(
         if number:  # the first finds caches cold
             floor_rates.append(floor_rate)
             floor_waits += [_MS * (unit.running - unit.began) for unit in units]
-            rates.append(BURST / took)
+            rates.append(many / took)
             waits += [_MS * wait for wait in each]
-            cpu.append(_MS * used / BURST)
-            floor_cpu.append(_MS * floor_used / BURST)
-            agent_cpu.append(_MS * agent_used / BURST)
-    yield Row(f"{BURST} at once, {beside}", "/s", rates, floor_rates, least=0.7)
-    yield Row(f"one of {BURST} at once, {beside}", "ms", waits, floor_waits)
+            cpu.append(_MS * used / many)
+            floor_cpu.append(_MS * floor_used / many)
+            agent_cpu.append(_MS * agent_used / many)
+    yield Row(f"{many} at once, {beside}", "/s", rates, floor_rates, least=0.7)
+    yield Row(f"one of {many} at once, {beside}", "ms", waits, floor_waits)
     yield Row(f"CPU time a start, {beside}", "ms", cpu, floor_cpu)
     yield Row(f"of it the agent's, {beside}", "ms", agent_cpu)
 
 
-def density(long: bool) -> Iterator[Row]:
+def density(backend: Backend, long: bool) -> Iterator[Row]:
     """200 VMs of 32 MiB, started 16 at a time; then nobody does anything."""
     names = [f"dense{number}" for number in range(DENSITY)]
     rates: list[float] = []
     floor_rates: list[float] = []
-    with open_floor() as floor, product.vms(names, DENSE_MEMORY):
+    with open_floor(backend) as floor, product.vms(names, DENSE_MEMORY, backend.name):
         units = floor.prepare(names, DENSE_MEMORY)
         for number in range(4 if long else 2):
             if number:

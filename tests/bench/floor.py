@@ -1,14 +1,14 @@
-"""The floor: what systemd and Firecracker need by themselves to start a VM.
+"""The floor: what systemd and a VMM need by themselves to start a VM.
 
 A plain script: all files are there and all messages are made before the clock starts; then one
 blocking D-Bus socket, inotify for the VMMs' API sockets, and a question on each until it says that
-the guest runs. Unit, jail and Firecracker's configuration are the agent's own.
+the guest runs. Unit, jail and the VMM's configuration are the agent's own.
 """
 
+import array
 import contextlib
 import ctypes
 import dataclasses
-import json
 import os
 import re
 import selectors
@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import trio
+from backends import Backend, Step
 from dbus_next.message import Message
 
 from agent.model import canonical
@@ -31,14 +32,12 @@ from agent.model.launch import Bind
 from agent.model.names import new_id
 from agent.model.vm import LAST_UID, Vm
 from agent.storage.reflink import PRIVATE, copy_file
-from agent.storage.snapshots import MEMORY, STATE
 from agent.storage.tree import Tree
 from agent.systemd import drop_in
 from agent.systemd.jail import make_jail
 from agent.systemd.unit import Paths, Property, environment_file, vm_unit
 from agent.systemd.users import remove_user, write_user
 from agent.systemd.wire import Framer, Received
-from agent.vmm.firecracker import Firecracker
 
 PREFIX = "floor-"
 """Of the units' names: not the VMs' own, so that the agent does not take them for VMs."""
@@ -115,8 +114,7 @@ class Unit:
     settings: list[Property]
     uid: int
     fifos: list[int]
-    request: bytes
-    answer: bytes
+    talk: Sequence[Step]
     files: "Files | None" = None
     message: bytes = b""
     serial: int = 0
@@ -125,30 +123,62 @@ class Unit:
     socket_seen: float = 0
     running: float = 0
     api: socket.socket = field(default_factory=lambda: socket.socket(socket.AF_UNIX))
+    heard: bytes = b""
+    said: int = 0
+
+    def say(self) -> None:
+        """Take the next step of the talk."""
+        step = self.talk[self.said]
+        self.said += 1
+        self.heard = b""
+        if step.file:
+            file = os.open(f"{self.paths.directory}/{step.file}", os.O_RDONLY | os.O_CLOEXEC)
+            os.lseek(file, step.offset, os.SEEK_SET)
+            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file]))
+            self.api.sendmsg([step.request], [rights])
+            os.close(file)
+        elif step.request:
+            self.api.sendall(step.request)
+
+    def hear(self) -> bool:
+        """Take what the VMM says; whether that was the end of the talk."""
+        data = self.api.recv(4096)
+        self.heard += data
+        expected = self.talk[self.said - 1].answer
+        if expected not in self.heard:
+            wrong = not data or not self.heard.startswith(b"{") or b'"error"' in self.heard
+            assert not wrong, f"{self.name}: {self.heard!r}"
+        elif self.said == len(self.talk):
+            return True
+        else:
+            self.say()
+        return False
 
 
 @dataclass
 class Files:
     """What a clone has from a snapshot's directory: links, and a disk of its own."""
 
+    backend: Backend
     source: str
     target: str
     uid: int
 
     def fill(self) -> None:
         """Put them into the VM's directory, by hand."""
-        for name in (MEMORY, STATE):
+        for name in self.backend.linked:
             os.link(f"{self.source}/{name}", f"{self.target}/{name}")
-        disk = os.open(f"{self.source}/{canonical.COW}", os.O_RDONLY)
         directory = os.open(self.target, os.O_RDONLY)
-        copy_file(disk, directory, canonical.COW, mode=PRIVATE, sync=False)
-        os.chown(f"{self.target}/{canonical.COW}", self.uid, self.uid)
-        os.close(disk)
+        for name in self.backend.copied:
+            file = os.open(f"{self.source}/{name}", os.O_RDONLY)
+            copy_file(file, directory, name, mode=PRIVATE, sync=False)
+            os.chown(f"{self.target}/{name}", self.uid, self.uid)
+            os.close(file)
         os.close(directory)
 
     def clear(self) -> None:
         """Remove them."""
-        for name in (MEMORY, STATE, canonical.COW):
+        for name in (*self.backend.linked, *self.backend.copied):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(f"{self.target}/{name}")
 
@@ -156,7 +186,8 @@ class Files:
 class Floor:
     """Starts units; `open_floor` makes one."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
         self._bus = Bus()
         self._tree = Tree(ROOT, RUN)
         self._units: list[Unit] = []
@@ -192,8 +223,9 @@ class Floor:
         `left_out` are properties that they do without; `snapshot` is the directory of what they are
         cloned from, with a disk of `storage` bytes.
         """
-        boot = None if snapshot else Boot(kernel=self._kernel)
-        config = VmConfig(memory=memory, boot=boot, storage=storage, hypervisor="firecracker")
+        boot = Boot(kernel=self._kernel)
+        hypervisor = self._backend.name
+        config = VmConfig(memory=memory, boot=boot, storage=storage, hypervisor=hypervisor)
         units = []
         for name in names:
             units.append(self._unit(f"{prefix}{name}", config, left_out, snapshot))
@@ -202,10 +234,10 @@ class Floor:
 
     def _unit(self, name: str, config: VmConfig, left_out: Collection[str], snapshot: str) -> Unit:
         uid = 0 if "User" in left_out else LAST_UID - len(self._units)
-        vm = Vm(new_id(), name, uid, Access(0, 0), config, hypervisor="firecracker")
+        vm = Vm(new_id(), name, uid, Access(0, 0), config, hypervisor=config.hypervisor)
 
         async def files() -> tuple[Paths, list[Property]]:
-            driver = Firecracker()
+            driver = self._backend.driver()
             plan = driver.plan(vm, await driver.version(), loads=bool(snapshot))
             plan = dataclasses.replace(
                 plan, binds=(*plan.binds, Bind(self._kernel, canonical.KERNEL))
@@ -222,10 +254,10 @@ class Floor:
             write_user(uid)
         fifos = [_open_fifo(path) for path in (paths.console_input, paths.console_output)]
         settings = [setting for setting in settings if setting[0] not in left_out]
-        unit = Unit(f"{name}.service", paths, settings, uid, fifos, *_ASK)
+        talk = self._backend.load if snapshot else self._backend.ask
+        unit = Unit(f"{name}.service", paths, settings, uid, fifos, talk)
         if snapshot:
-            unit.request, unit.answer = _LOAD
-            unit.files = Files(snapshot, paths.directory, uid)
+            unit.files = Files(self._backend, snapshot, paths.directory, uid)
             unit.files.clear()
         return unit
 
@@ -238,6 +270,7 @@ class Floor:
                 *("StartTransientUnit", "ssa(sv)a(sa(sv))", body),
             )
             unit.job_done = unit.socket_seen = unit.running = 0
+            unit.said = 0
             unit.api = socket.socket(socket.AF_UNIX)
         with _Starting(self._bus, units) as starting:
             return starting.run(at_once)
@@ -346,12 +379,12 @@ class _Starting:
                 with contextlib.suppress(ConnectionRefusedError):  # bound, and not listening yet
                     unit.api.connect(f"{unit.paths.sockets}/api")
                     break
-            unit.api.sendall(unit.request)
+            unit.say()
             self._selector.register(unit.api, selectors.EVENT_READ, unit)
 
     def _take_answer(self, unit: Unit) -> None:
-        answer = unit.api.recv(4096)
-        assert unit.answer in answer, f"{unit.name}: {answer!r}"
+        if not unit.hear():
+            return
         self._selector.unregister(unit.api)
         unit.running = time.perf_counter()
         self._count(unit)
@@ -362,41 +395,13 @@ class _Starting:
 
 
 @contextmanager
-def open_floor() -> Iterator[Floor]:
+def open_floor(backend: Backend) -> Iterator[Floor]:
     """Make what all units share; remove it, and what was prepared, in the end."""
-    floor = Floor()
+    floor = Floor(backend)
     try:
         yield floor
     finally:
         floor.close()
-
-
-def _http(method: str, path: str, body: str = "") -> bytes:
-    return (
-        f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
-    ).encode()
-
-
-_ASK = _http("GET", "/"), b'"state":"Running"'
-"""A request, and what is in its answer once the guest runs."""
-_LOAD = (
-    _http(
-        "PUT",
-        "/snapshot/load",
-        json.dumps(
-            {
-                "snapshot_path": f"{canonical.VM}/{STATE}",
-                "mem_backend": {
-                    "backend_type": "File",
-                    "backend_path": f"{canonical.VM}/{MEMORY}",
-                },
-                "resume_vm": True,
-            }
-        ),
-    ),
-    b" 204 ",
-)
 
 
 def _open_fifo(path: str) -> int:

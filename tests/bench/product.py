@@ -165,10 +165,12 @@ def remove(name: str) -> None:
 
 
 @contextmanager
-def vms(names: Sequence[str], memory: int = 64 * MIB) -> Iterator[Sequence[str]]:
+def vms(
+    names: Sequence[str], memory: int = 64 * MIB, hypervisor: str = "firecracker"
+) -> Iterator[Sequence[str]]:
     """Have VMs with these names; they are removed in the end."""
     try:
-        for_all(lambda name: create(name, memory), names)
+        for_all(lambda name: create(name, memory, hypervisor=hypervisor), names)
         yield names
     finally:
         for_all(remove, [name for name in names if os.path.exists(f"{VMS}/{name}")])

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import product
+from backends import Backend
 from floor import Floor, Unit, open_floor, without_settings
 from product import MIB
 from report import Row
@@ -58,9 +59,12 @@ PARTS: Mapping[str, Sequence[str]] = {
 """Parts of the unit that can be left out, the drop-in's settings and the unit's properties."""
 
 
-def start(long: bool) -> Iterator[Row]:
+def start(backend: Backend, long: bool) -> Iterator[Row]:
     """One VM: `echo start > state` beside the floor."""
-    with product.vms(["one"], MEMORY) as (name,), open_floor() as floor:
+    with (
+        product.vms(["one"], MEMORY, backend.name) as (name,),
+        open_floor(backend) as floor,
+    ):
         (unit,) = floor.prepare(["one"], MEMORY)
         ours, theirs, waits = [], [], []
         for number in range(150 if long else 40):
@@ -88,9 +92,9 @@ def _moments(unit: Unit) -> tuple[float, float, float]:
     return unit.job_done, unit.socket_seen, unit.running
 
 
-def unit(long: bool) -> Iterator[Row]:
+def unit(backend: Backend, long: bool) -> Iterator[Row]:
     """The floor's unit without each of its parts."""
-    with product.agent_stopped(), open_floor() as floor:
+    with product.agent_stopped(), open_floor(backend) as floor:
         whole = floor.prepare([f"whole{number}" for number in range(TOGETHER)], MEMORY)
         everything = [name for names in PARTS.values() for name in names]
         parts = {**PARTS, "all of these": everything}
