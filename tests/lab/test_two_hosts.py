@@ -4,11 +4,18 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
+
 RUN = str(Path(__file__).with_name("run"))
+BACKENDS = {
+    "firecracker": "firecracker",  # which the lab fetches
+    "qemu": "qemu-system-x86_64",
+    "cloud-hypervisor": "cloud-hypervisor",
+}
 
 FIRST = """
 mkdir /cocoon/vms/a
-config='{"hypervisor": "firecracker", "memory": "64M", "storage": "8M"}'
+config='{"hypervisor": "%s", "memory": "64M", "storage": "8M", "stop_timeout": 1}'
 echo "$config" > /cocoon/vms/a/config
 cp "$COCOON_TEST_GUESTS/guest.elf" /var/lib/vmlinux
 echo '{"kernel": "/var/lib/vmlinux"}' > /cocoon/vms/a/boot
@@ -26,7 +33,7 @@ systemctl daemon-reload
 systemctl restart cocoon-host
 test -d /var/lib/elsewhere/cocoon/snapshots
 cp /var/lib/cocoon/export.tar /cocoon/snapshots/nightly.tar
-echo '{"name": "b", "from": "nightly", "state": "start"}' > /cocoon/create
+echo '{"name": "b", "from": "nightly", "stop_timeout": 1, "state": "start"}' > /cocoon/create
 until grep -q '^count' /cocoon/vms/b/console; do sleep 0.1; done
 grep -m 1 '^count' /cocoon/vms/b/console
 echo stop > /cocoon/vms/b/state
@@ -62,11 +69,16 @@ def on_a_host(script: str, state: Path) -> str:
     return done.stdout
 
 
-def test_a_snapshot_goes_on_on_another_host_and_boots_cold_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_snapshot_goes_on_on_another_host_and_boots_cold_there(
+    tmp_path: Path, backend: str
+) -> None:
+    if backend != "firecracker" and shutil.which(BACKENDS[backend]) is None:
+        pytest.skip(f"{BACKENDS[backend]} is not installed")
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     second.mkdir()
-    on_a_host(FIRST, first)
+    on_a_host(FIRST % backend, first)
     shutil.move(first / "export.tar", second / "export.tar")
     line, state = on_a_host(SECOND, second).splitlines()
     assert int(line.split()[1]) >= 20
