@@ -310,6 +310,23 @@ def test_the_first_boot_has_its_seed_and_a_clone_one_of_its_own(
     vm.verb("kill")
 
 
+def test_the_same_kernel_is_firecrackers_too_unpacked_once(agent, linux, make_vm):
+    """How far Linux comes is up to this host's KVM; that it is handed over is the agent's part."""
+    image = Path(linux["kernel"]).read_bytes()
+    assert image[0x202:0x206] == b"HdrS"  # a bzImage
+    kernels = agent.root_dir / "kernels"
+    before = set(kernels.iterdir())
+    unpacked = set()
+    for _ in range(2):
+        vm = make_vm(hypervisor="firecracker", memory="256M", boot=linux, stop_timeout=1)
+        vm.verb("start")
+        vm.verb("kill")
+        elves = {path for path in kernels.iterdir() if path.read_bytes()[:4] == b"\x7fELF"}
+        unpacked |= {(path, path.stat().st_ino, path.stat().st_mtime_ns) for path in elves - before}
+    assert len(unpacked) == 1
+    assert hashlib.sha256(image).hexdigest() in next(iter(unpacked))[0].name
+
+
 def test_a_vmm_that_dies_is_started_again_and_boots(agent, make_vm, until):
     vm = make_vm(hypervisor="qemu", restart="on-failure")
     vm.verb("start")
