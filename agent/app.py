@@ -21,7 +21,7 @@ from .lifecycle.events import Events
 from .lifecycle.host import Host, report
 from .lifecycle.operation import Operations
 from .lifecycle.reconcile import ask_vmms, host_has_booted, reconcile
-from .lifecycle.recover import clear_snapshots, is_unfinished, recover
+from .lifecycle.recover import clear_images, clear_snapshots, is_unfinished, recover
 from .lifecycle.services import Services
 from .lifecycle.units import Units
 from .lifecycle.watch import watch
@@ -32,6 +32,7 @@ from .model.finding import Finding
 from .model.vm import State
 from .service import Service
 from .settings import Settings
+from .storage.images import ImageStore
 from .storage.kernel import KernelStore
 from .storage.snapshots import SnapshotStore
 from .storage.tree import Tree
@@ -87,6 +88,7 @@ async def run(settings: Settings, load: Callable[[], Settings]) -> None:
                 jail=_jail(tree),
                 claim_host=VmsLock().claim,
                 snapshots=SnapshotStore(tree),
+                images=ImageStore(tree),
             )
             operations = Operations(nursery, functools.partial(report, services))
             booted = await host_has_booted(services)
@@ -96,6 +98,7 @@ async def run(settings: Settings, load: Callable[[], Settings]) -> None:
             await nursery.start(watch, services, operations)
             running = await reconcile(services, unfinished)
             await clear_snapshots(services)
+            await clear_images(services)
             nursery.start_soon(empty_trash, services)
             host = Host(services, operations, _group(settings.group), doctor)
             nursery.start_soon(

@@ -91,4 +91,8 @@ def new_context(host: "Host", mount: str) -> Context:
 
 
 def _exists(host: "Host", object_id: str) -> bool:
-    return host.find_vm_by_id(object_id) is not None or host.snapshots.exists(object_id)
+    return (
+        host.find_vm_by_id(object_id) is not None
+        or host.snapshots.exists(object_id)
+        or host.images.exists(object_id)
+    )

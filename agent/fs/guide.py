@@ -23,6 +23,9 @@ writing its files; a write returns when it is done, and fails with an errno when
     mkdir vms/copy; echo nightly > vms/copy/from        make another VM of it
     echo start > vms/copy/state
 
+    cp debian.qcow2 images/debian                       import a base image
+    echo debian > vms/web/image                         start with a disk made from it
+
     echo '{{"name": "db", "boot": {{"kernel": "vmlinux"}}, "state": "start"}}' > create
 
 state     write start, stop, kill, pause, resume or restart; read how it is
@@ -45,7 +48,7 @@ happened, one JSON object a line; events.live tells it as it happens. index.json
 once, by-id/ finds a VM by its id. doctor says what this host lacks, and what to do about it.
 
 chown, chgrp and chmod on a VM's directory give it to someone else. The files in it cannot be
-removed; mv renames a VM that is stopped. A snapshot is a file: rm deletes it, mv renames it.
+removed; mv renames a VM that is stopped. Snapshots and images are files: rm deletes, mv renames.
 """
 
 

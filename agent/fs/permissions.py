@@ -23,6 +23,7 @@ CREATE: Final = 0o660
 _WRITABLE: Final = 0o666
 _READ_ONLY: Final = 0o444
 _PIECE: Final = 8192
+_EXITING: Final = 0x4  # linux/sched.h, PF_EXITING
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,21 @@ def opener_of(uid: int, gid: int, pid: int, path: str) -> Opener:
     groups = frozenset(int(gid) for gid in status.get(b"Groups", b"").split())
     caller = Caller(uid=uid, gid=gid, groups=groups, pid=pid, path=path)
     return Opener(caller, int(status.get(b"Tgid", b"0")) or pid)
+
+
+def ended_badly(pid: int) -> bool:
+    """Whether the process ends, or has ended, without success: by a signal, or with a status.
+
+    False for one that runs on, and for one that is gone: nobody knows how.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            # What comes first may hold anything: the name of the program, in parentheses.
+            fields = file.read(_PIECE).rpartition(b")")[2].split()
+        # proc_pid_stat(5): fields 9 and 52, of which the third is the first here.
+        return bool(int(fields[6]) & _EXITING) and int(fields[49]) != 0
+    except (OSError, IndexError, ValueError):
+        return False
 
 
 def read_status(pid: int) -> dict[bytes, bytes]:

@@ -8,9 +8,11 @@ from typing import Final
 from agent import __version__
 from agent.model.finding import show_findings
 
+from .arriving import ImportFile
 from .content import Document, Log, object_of
 from .context import Context
 from .guide import guide
+from .images import ImageFile, ImagesDirectory, image_node
 from .node import Entry, Handle, Link, Node, Place, Refused, link_attributes, place_of
 from .permissions import CREATE, FOR_GROUP, HIDDEN_DIRECTORY, Attributes, Opener
 from .snapshots import SnapshotFile, SnapshotsDirectory, snapshot_node
@@ -34,6 +36,7 @@ _NAMES: Final[Mapping[str, Place]] = {
     "vms": Place(0, 24),
     "snapshots": Place(0, 25),
     "doctor": Place(0, 26),
+    "images": Place(0, 27),
 }
 """What a listing of the root shows, in this order."""
 _PATHS: Final[Mapping[Place, str]] = {place: name for name, place in _NAMES.items()}
@@ -185,7 +188,8 @@ def find_node(context: Context, number: int) -> Node:
     if place.object:
         object_id = context.objects.id(place.object)
         if context.host.find_vm_by_id(object_id) is None:
-            return snapshot_node(context, object_id, place)
+            image = image_node(context, object_id, place)
+            return image or snapshot_node(context, object_id, place)
         return vm_node(context, object_id, place)
     return _node(context, place)
 
@@ -199,6 +203,8 @@ def path_of(node: Node) -> str:
             return f"vms/{node.vm.name}/{node.name}"
         case SnapshotFile():
             return f"snapshots/{node.file_name}"
+        case ImportFile() | ImageFile():
+            return node.path
         case ConsoleStream():
             return f"vms/{node.vm.name}/console.live"
         case EventsStream():
@@ -232,4 +238,5 @@ _KINDS: Final[Mapping[Place, Callable[[Place, Context], TreeDirectory | TreeFile
     _NAMES["vms"]: VmsDirectory,
     _NAMES["snapshots"]: SnapshotsDirectory,
     _NAMES["doctor"]: DoctorFile,
+    _NAMES["images"]: ImagesDirectory,
 }

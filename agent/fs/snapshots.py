@@ -6,29 +6,24 @@ import json
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from agent.model.errors import Exists, Invalid
 from agent.model.names import check_name, is_name
 from agent.model.snapshot import Snapshot
 
+from .arriving import BLOCK, ImportFile, ImportHandle, ViewHandle, arriving_attributes
 from .content import Document, object_of
 from .context import Context
 from .node import Entry, File, Handle, Link, Node, Place, Refused
 from .permissions import MEMBERS_DIRECTORY, Attributes, Opener, file_of
 from .tree import TreeDirectory
 
-if TYPE_CHECKING:
-    from agent.lifecycle.importing import Import
-    from agent.storage.archive import ArchiveView
-
 ARCHIVE_SLOT: Final = 1
 DESCRIPTION_SLOT: Final = 2
 LINK_SLOT: Final = 3
 
-_BLOCK: Final = 1 << 20
-"""The most that the kernel asks for or brings in one request."""
-
+WHERE: Final = "snapshots"
 ARCHIVE: Final = ".tar"
 DESCRIPTION: Final = ".json"
 
@@ -49,7 +44,7 @@ class SnapshotsDirectory(TreeDirectory):
         arriving = shelf.find_import(name)
         if arriving is not None:
             return ImportFile(
-                _place(self.context, arriving.id, ARCHIVE_SLOT), self.context, arriving
+                _place(self.context, arriving.id, ARCHIVE_SLOT), self.context, WHERE, arriving
             )
         stem, suffix = _split(name)
         snapshot = shelf.find(stem)
@@ -69,7 +64,7 @@ class SnapshotsDirectory(TreeDirectory):
             yield Entry(f"{snapshot.name}{DESCRIPTION}", description.number, attributes)
         for arriving in self.context.host.snapshots.imports():
             place = _place(self.context, arriving.id, ARCHIVE_SLOT)
-            yield Entry(arriving.file_name, place.number, _import_attributes(arriving))
+            yield Entry(arriving.file_name, place.number, arriving_attributes(arriving))
 
     async def unlink(self, opener: Opener, name: str) -> None:
         """Remove a snapshot, or what has arrived of one."""
@@ -115,7 +110,8 @@ class SnapshotsDirectory(TreeDirectory):
         host = self.context.host
         with host.reporting(opener.caller):
             arriving = await host.snapshots.begin_import(opener.caller, name)
-        node = ImportFile(_place(self.context, arriving.id, ARCHIVE_SLOT), self.context, arriving)
+        place = _place(self.context, arriving.id, ARCHIVE_SLOT)
+        node = ImportFile(place, self.context, WHERE, arriving)
         return node, ImportHandle(self.context, opener, arriving)
 
 
@@ -124,16 +120,12 @@ class SnapshotFile(File):
     """A file of a snapshot; it is no more when the snapshot is gone."""
 
     context: Context
+    snapshot_id: str
 
     @property
     def file_name(self) -> str:
         """Its name in the directory."""
         raise NotImplementedError
-
-
-@dataclass(frozen=True, slots=True)
-class _OfSnapshot(SnapshotFile):
-    snapshot_id: str
 
     @property
     def snapshot(self) -> Snapshot:
@@ -152,7 +144,7 @@ class _OfSnapshot(SnapshotFile):
         await self.context.finish(opener, operation)
 
 
-class ArchiveFile(_OfSnapshot):
+class ArchiveFile(SnapshotFile):
     """`<name>.tar`: a complete snapshot, as an archive that is made up as it is read."""
 
     @property
@@ -174,10 +166,10 @@ class ArchiveFile(_OfSnapshot):
                     "remove that one"
                 )
         with host.reporting(opener.caller):
-            return ArchiveHandle(await host.snapshots.open_archive(self.snapshot_id))
+            return ViewHandle(await host.snapshots.open_archive(self.snapshot_id))
 
 
-class DescriptionFile(_OfSnapshot):
+class DescriptionFile(SnapshotFile):
     """`<name>.json`: what is known of a snapshot."""
 
     @property
@@ -208,87 +200,6 @@ class DescriptionFile(_OfSnapshot):
         return Document(self.show, store, functools.partial(host.reporting, opener.caller))
 
 
-@dataclass(frozen=True, slots=True)
-class ImportFile(SnapshotFile):
-    """An archive on its way in."""
-
-    arriving: "Import"
-
-    @property
-    def file_name(self) -> str:
-        """Its name in the directory."""
-        return self.arriving.file_name
-
-    async def attributes(self) -> Attributes:
-        """Return who is bringing it, and how much has arrived."""
-        return _import_attributes(self.arriving)
-
-    async def open(self, opener: Opener) -> Handle:
-        """Return a handle that takes more; nothing of it can be read yet."""
-        if not opener.writes:
-            raise Refused(errno.EACCES)
-        return ImportHandle(self.context, opener, self.arriving)
-
-    async def set_access(
-        self, opener: Opener, uid: int | None, gid: int | None, mode: int | None
-    ) -> None:
-        """Change whose the snapshot will be."""
-        self.arriving.set_access(uid, gid, mode)
-
-    async def set_size(self, size: int) -> None:
-        """Take the zeros at the end, which `cp` leaves out."""
-        await self.arriving.set_size(size)
-
-
-class ArchiveHandle(Handle):
-    """An archive that is read."""
-
-    def __init__(self, view: "ArchiveView") -> None:
-        self._view = view
-
-    async def read(self, offset: int, size: int) -> bytes | bytearray:
-        """Return what is there."""
-        return await self._view.pread(offset, size)
-
-    async def release(self) -> None:
-        """Let go of the files."""
-        self._view.close()
-
-
-class ImportHandle(Handle):
-    """An archive that is written."""
-
-    def __init__(self, context: Context, opener: Opener, arriving: "Import") -> None:
-        self._context = context
-        self._opener = opener
-        self._arriving = arriving
-        self._written = False
-        arriving.opened()
-
-    async def write(self, offset: int, data: bytes) -> int:
-        """Take the next bytes; Refused(ESPIPE) for those before them."""
-        self._written = True
-        if self._arriving.refusal is not None:
-            raise self._arriving.refusal
-        if offset < self._arriving.size:
-            raise Refused(errno.ESPIPE)
-        with self._context.host.reporting(self._opener.caller):
-            await self._arriving.write(offset, data)
-        return len(data)
-
-    async def flush(self) -> None:
-        """Publish what is whole; raise Damaged for what is not, once something was written."""
-        if self._arriving.refusal is not None:
-            raise self._arriving.refusal
-        if self._written:
-            with self._context.host.reporting(self._opener.caller):
-                await self._arriving.finish()
-
-    async def release(self) -> None:
-        """Throw away what nobody will complete."""
-        await self._arriving.closed()
-
-
 def snapshot_node(context: Context, object_id: str, place: Place) -> Node:
     """Return the node of a snapshot that stands at `place`; raise Refused(ENOENT) for none."""
     shelf = context.host.snapshots
@@ -296,7 +207,7 @@ def snapshot_node(context: Context, object_id: str, place: Place) -> Node:
     if snapshot is None:
         for arriving in shelf.imports():
             if arriving.id == object_id and place.slot == ARCHIVE_SLOT:
-                return ImportFile(place, context, arriving)
+                return ImportFile(place, context, WHERE, arriving)
         raise Refused(errno.ENOENT)
     match place.slot:
         case 1:
@@ -328,9 +239,4 @@ def _split(name: str) -> tuple[str, str]:
 
 def _archive_attributes(snapshot: Snapshot) -> Attributes:
     attributes = file_of(snapshot.access, False, snapshot.archive_size, snapshot.mtime)
-    return replace(attributes, block=_BLOCK)
-
-
-def _import_attributes(arriving: "Import") -> Attributes:
-    attributes = file_of(arriving.access, True, arriving.size, arriving.began)
-    return replace(attributes, block=_BLOCK)
+    return replace(attributes, block=BLOCK)

@@ -2,7 +2,7 @@
 
 import sqlite3
 
-VERSION = 1
+VERSION = 2
 """Of the tables and the records in them; kept in SQLite's `user_version`."""
 
 _CREATE = """
@@ -16,6 +16,14 @@ CREATE TABLE snapshots (
 -- `run_id`: content of the run directory's marker; another one there: the host has booted since.
 CREATE TABLE facts (id TEXT PRIMARY KEY, name TEXT NOT NULL, record TEXT NOT NULL) WITHOUT ROWID;
 """
+
+_SINCE = {
+    2: """
+-- As `vms`, for base images.
+CREATE TABLE images (id TEXT PRIMARY KEY, name TEXT NOT NULL, record TEXT NOT NULL) WITHOUT ROWID;
+"""
+}
+"""What came later, by version."""
 
 
 class NewerSchema(Exception):
@@ -32,5 +40,8 @@ def prepare(connection: sqlite3.Connection) -> None:
         )
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
-    if found == 0:
-        connection.executescript(f"BEGIN; {_CREATE} PRAGMA user_version = {VERSION}; COMMIT;")
+    if found < VERSION:
+        statements = [] if found else [_CREATE]
+        statements += [text for version, text in sorted(_SINCE.items()) if version > found]
+        script = "".join(statements)
+        connection.executescript(f"BEGIN; {script} PRAGMA user_version = {VERSION}; COMMIT;")

@@ -14,9 +14,11 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import trio
 
+from agent.model import image as image_record
 from agent.model import snapshot as snapshot_record
 from agent.model import vm as vm_record
 from agent.model.errors import CocoonError, Exists, Failed, NoSpace
+from agent.model.image import Image
 from agent.model.snapshot import Snapshot
 from agent.model.vm import FIRST_UID, LAST_UID, Vm
 
@@ -136,6 +138,10 @@ class Index:
             "snapshots", self._writer, snapshot_record.to_row, snapshot_record.from_row
         )
         self.snapshots.load(connection)
+        self.images = Table[Image](
+            "images", self._writer, image_record.to_row, image_record.from_row
+        )
+        self.images.load(connection)
         self._facts: dict[str, str] = {
             name: json.loads(text)
             for name, text in connection.execute("SELECT id, record FROM facts")

@@ -1,6 +1,7 @@
 """What the facts about a host mean for it: each check makes of its facts one finding."""
 
 import time
+from collections.abc import Mapping
 
 from agent.model.errors import CocoonError, Missing
 from agent.model.finding import Finding, Level
@@ -204,6 +205,15 @@ def check_reflinks(shared: bool | None, root: str, *, made: bool, root_asks: boo
         f"copies in {root} share no blocks, so disks of snapshots and clones are copied",
         "put it on XFS (mkfs.xfs -m reflink=1) or btrfs",
     )
+
+
+def check_disk_tools(missing: Mapping[str, str]) -> Finding:
+    """Judge whether the programs that make disks are there; `missing` are others, with packages."""
+    name = "disk-tools"
+    if not missing:
+        return Finding(Level.OK, name, "qemu-img and mkfs.ext4 are there")
+    detail = f"there is no {' and no '.join(missing)}, so some disks cannot be made"
+    return Finding(Level.WARN, name, detail, f"apt-get install {' '.join(missing.values())}")
 
 
 def check_group(name: str, *, exists: bool) -> Finding:

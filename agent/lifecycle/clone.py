@@ -7,7 +7,7 @@ from agent.model.errors import CocoonError, Invalid, Missing, TimedOut
 from agent.model.pinned import boot_files, pin
 from agent.model.vm import Vm
 
-from . import library
+from . import images, library
 from .services import RESTING, Services
 from .start import Loading, launch, prepare, start
 from .steps import step
@@ -34,7 +34,8 @@ async def set_source(services: Services, caller: Caller, vm_id: str, name: str) 
         await services.save(vm_id, from_snapshot="", reason="configure")
         return
     snapshot = library.readable(services, caller, name)
-    config = pin(vm.config, snapshot)
+    image = images.base_of(services, snapshot, caller)
+    config = pin(vm.config, snapshot, image)
     await services.tree.in_thread("storing a kernel", services.snapshots.store_boot, snapshot)
     await services.save(
         vm_id,

@@ -17,6 +17,7 @@ from agent.model.pinned import PINNED
 from agent.model.vm import State, Vm
 from agent.systemd.users import remove_user
 
+from . import images
 from .services import RESTING, Services
 
 _log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ async def new_vm(
     config = await _configured(services, caller, VmConfig(), changes)
     if services.index.vms.named(name) is not None:
         raise Exists(f"there is a VM {name} already: choose another name or remove that one")
+    config = _with_image(services, caller, config, VmConfig())
     now = time.time()
     vm = Vm(
         id=vm_id,
@@ -87,7 +89,27 @@ async def configure(
             f"storage of VM {vm.name} is {vm.config.storage} bytes and cannot shrink: "
             "write that or more"
         )
+    _check_disks(vm, config)
+    config = _with_image(services, caller, config, vm.config)
     await services.save(vm_id, config=config, reason="configure")
+
+
+def _check_disks(vm: Vm, config: VmConfig) -> None:
+    """Raise Invalid for what cannot become of disks that the VM has."""
+    if not vm.started_at:
+        return
+    if config.image != vm.config.image:
+        raise Invalid(
+            f"VM {vm.name} was started with a disk made from {vm.config.image or 'no image'}, "
+            "which stays what it is: make another VM for another image"
+        )
+    sizes = {disk.name: disk.size for disk in vm.config.disks if disk.name}
+    for disk in config.disks:
+        if disk.size < sizes.get(disk.name, 0):
+            raise Invalid(
+                f"disk {disk.name} of VM {vm.name} is {sizes[disk.name]} bytes and cannot shrink: "
+                "write that or more"
+            )
 
 
 async def rename(services: Services, vm_id: str, name: str) -> None:
@@ -173,3 +195,15 @@ async def _configured(
     if config.boot != base.boot:
         await services.kernels.check(config.boot)
     return config
+
+
+def _with_image(services: Services, caller: Caller, config: VmConfig, before: VmConfig) -> VmConfig:
+    """Return `config` with what its `image` names; nothing may wait between this and the record.
+
+    Else the image could be removed meanwhile.
+    """
+    if config.image == before.image:
+        return config
+    base = images.configured(services, caller, config.image)
+    # As if written, for the checks that need to know its size.
+    return parse_config(dataclasses.replace(config, base=base), {}, services.host_cpus)

@@ -6,6 +6,7 @@ from typing import Any
 from agent.model import canonical
 from agent.model.config import show_config
 from agent.model.disks import drives
+from agent.model.image import DIGEST
 from agent.model.vm import Vm, timestamp
 
 
@@ -15,7 +16,7 @@ def describe_vm(vm: Vm) -> dict[str, Any]:
     Paths are those that the VMM sees, which are the same for every VM.
     """
     config = vm.config
-    boot = config.boot
+    boot, base = config.boot, config.base
     return {
         "id": vm.id,
         "hypervisor": vm.hypervisor or config.hypervisor,
@@ -27,9 +28,9 @@ def describe_vm(vm: Vm) -> dict[str, Any]:
             "storage": config.storage,
             "queue_size": 0,
             "disk_queue_size": 0,
-            "image": "",
-            "image_digest": "",
-            "image_type": "",
+            "image": config.image,
+            "image_digest": f"{DIGEST}{base.digest}" if base else "",
+            "image_type": "cloudimg" if base else "",
             "network": "",
             "no_direct_io": False,
             "windows": False,
@@ -37,14 +38,17 @@ def describe_vm(vm: Vm) -> dict[str, Any]:
         "pid": vm.pid,
         "socket_path": canonical.API_SOCKET,
         "network_configs": [],
-        "storage_configs": _storage(vm),
+        "storage_configs": [
+            {"path": drive.path, "ro": drive.readonly, "serial": drive.serial}
+            for drive in drives(config, seed=bool(vm.seed))
+        ],
         "boot_config": {
             "kernel_path": boot.kernel if boot else "",
             "initrd_path": boot.initrd if boot else "",
             "cmdline": boot.cmdline if boot else "",
             "firmware_path": boot.firmware if boot else "",
         },
-        "image_blob_ids": {},
+        "image_blob_ids": {base.digest: {}} if base else {},
         "first_booted": vm.first_booted,
         "snapshot_ids": {snapshot: {} for snapshot in vm.snapshots},
         "run_dir": canonical.RUN,
@@ -79,10 +83,3 @@ def describe_index(vms: Iterable[Vm]) -> dict[str, Any]:
         "vms": {vm.id: describe_vm(vm) for vm in ordered},
         "names": {vm.name: vm.id for vm in ordered},
     }
-
-
-def _storage(vm: Vm) -> list[dict[str, Any]]:
-    return [
-        {"path": drive.path, "ro": drive.readonly, "serial": drive.serial}
-        for drive in drives(vm.config, seed=bool(vm.seed))
-    ]

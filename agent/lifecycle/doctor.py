@@ -113,6 +113,7 @@ class Doctor:
             checks.check_directories(storage, tree.root),
             checks.check_space(storage, tree.root),
             checks.check_reflinks(self._shared, tree.root, made=storage.made, root_asks=root),
+            checks.check_disk_tools(storage.missing),
             checks.check_group(self._group, exists=files.group),
             checks.check_clock(time.time(), files.synchronised),
         ]

@@ -10,7 +10,8 @@ from agent.console.fanout import ByteStream, Fanout
 from agent.console.log import BoundedLog
 from agent.model.access import Caller
 from agent.model.errors import CocoonError
-from agent.model.event import Event, Type
+from agent.model.event import Event, Kind, Type
+from agent.model.image import Image
 from agent.model.snapshot import Snapshot
 from agent.model.vm import Vm, timestamp
 
@@ -98,13 +99,17 @@ class Events:
         finally:
             self._fanout.close()
 
-    def happened(self, kind: Type, record: Vm | Snapshot, **details: str | int | float) -> None:
-        """Tell of a committed transition of a VM or a snapshot."""
-        is_vm = isinstance(record, Vm)
+    def happened(
+        self, kind: Type, record: Vm | Snapshot | Image, **details: str | int | float
+    ) -> None:
+        """Tell of a committed transition of a VM, a snapshot or an image."""
+        what: Kind = "vm"
+        if not isinstance(record, Vm):
+            what = "image" if isinstance(record, Image) else "snapshot"
         event = Event(
             time=record.updated_at,
             type=kind,
-            kind="vm" if is_vm else "snapshot",
+            kind=what,
             name=record.name,
             id=record.id,
             state=record.state.value,
@@ -113,10 +118,10 @@ class Events:
             details=tuple(details.items()),
         )
         self.events.put(event.line())
-        fields = {"VM_NAME": record.name, "VM_ID": record.id} if is_vm else {}
+        fields = {"VM_NAME": record.name, "VM_ID": record.id} if what == "vm" else {}
         _logger.info(
             "%s %s is %s (%s)",
-            "VM" if is_vm else "snapshot",
+            "VM" if what == "vm" else what,
             record.name,
             "gone" if kind == "REMOVED" else record.state.value,
             record.reason,

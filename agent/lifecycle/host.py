@@ -20,7 +20,7 @@ from .doctor import Doctor
 from .events import Events
 from .operation import Operation, Operations
 from .services import Services
-from .shelf import Shelf
+from .shelf import ImageShelf, Shelf
 
 VERBS = ("start", "stop", "kill", "pause", "resume", "restart")
 _STATS_LIMIT = 1.0  # seconds that systemd and the VMM have for their figures
@@ -41,6 +41,7 @@ class Host:
         self.group = group
         self.doctor = doctor
         self.snapshots = Shelf(services, operations, group)
+        self.images = ImageShelf(services, operations, group)
 
     @property
     def events(self) -> Events:

@@ -1,67 +1,109 @@
-"""Archives on their way in: from the first byte until they are snapshots or thrown away.
+"""Files on their way in: from the first byte until they are snapshots or images, or thrown away.
 
-Nothing is recorded before an archive is whole: what stands in staging when an agent starts has been
-left by one that died, and goes.
+Nothing is recorded before one is whole: what stands in staging when an agent starts has been left
+by one that died, and goes.
 """
 
 import contextlib
-import dataclasses
 import os
-import re
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import trio
 
 from agent.model.access import Access, Caller
-from agent.model.errors import CocoonError, Exists, Invalid, Unsupported
-from agent.model.names import check_name, is_name, new_id
+from agent.model.errors import CocoonError, Damaged, Exists, Invalid
+from agent.model.image import Image
+from agent.model.names import new_id
 from agent.model.size import MIB
-from agent.model.snapshot import Snapshot, SnapshotState
-from agent.storage.importer import ImportSink
-from agent.storage.snapshots import STATE
+from agent.model.snapshot import Snapshot
+from agent.storage.sink import Sink
+from agent.storage.staging import Staged
 
-from . import library
+from .library import changed_access
 from .services import Services
 from .steps import step
 
 T = TypeVar("T")
+R = TypeVar("R", Snapshot, Image)
 
 _GATHER = MIB
 _EVENTS_APART = 1.0  # seconds
-_SUFFIX = ".tar"
-_TEMPORARY = re.compile(r"\.(.+)\.tar\..+")  # rsync's, before it renames
 
 
-class Imports:
-    """All archives on their way in, by the names of their files."""
+class Kind(Protocol[R]):
+    """What comes in: how it is named, taken in, and published.
 
-    def __init__(self, services: Services, group: int) -> None:
+    `noun` is the word for the file, `steps` what names of steps begin with. `reserved` has the
+    names of those on their way in. With `ends_unmarked` only who writes a file knows that it is
+    whole.
+    """
+
+    noun: str
+    steps: str
+    ends_unmarked: bool
+    reserved: set[str]
+
+    @property
+    def store(self) -> Staged:
+        """Where it is staged."""
+        ...
+
+    def name_of(self, file_name: str) -> str:
+        """Return the object's name, "" for rsync's temporary file; raise Invalid for another."""
+        ...
+
+    def check_free(self, name: str) -> None:
+        """Raise Exists when there is one of that name, or one on its way in."""
+        ...
+
+    def sink(self, staging: int) -> Sink:
+        """Return what takes the bytes."""
+        ...
+
+    def finish(self, object_id: str, sink: Sink) -> R:
+        """Return the draft of the record of a file that is whole; in a thread."""
+        ...
+
+    async def publish(self, draft: R, name: str, access: Access, size: int) -> None:
+        """Record it, let it appear, tell of it; on failure nothing of it is left."""
+        ...
+
+    def provisional(self, object_id: str, name: str, access: Access, reason: str) -> R:
+        """Return a record to tell of the import by."""
+        ...
+
+
+class Imports(Generic[R]):
+    """All files of a kind on their way in, by their names."""
+
+    def __init__(self, services: Services, kind: Kind[R], group: int) -> None:
         self._services = services
+        self._kind: Kind[R] = kind
         self._group = group
-        self._arriving: dict[str, Import] = {}
+        self._arriving: dict[str, Import[R]] = {}
 
-    def all(self) -> list["Import"]:
+    def all(self) -> list["Import[R]"]:
         """Return all, in no order."""
         return list(self._arriving.values())
 
-    def find(self, file_name: str) -> "Import | None":
+    def find(self, file_name: str) -> "Import[R] | None":
         """Return the one whose file has that name."""
         return self._arriving.get(file_name)
 
-    async def begin(self, caller: Caller, file_name: str) -> "Import":
+    async def begin(self, caller: Caller, file_name: str) -> "Import[R]":
         """Begin an import; raise Exists for a name taken, Invalid for one that is none."""
-        name = _name_of(file_name)
+        name = self._kind.name_of(file_name)
         if file_name in self._arriving:
             raise Exists(f"{file_name} is on its way in already")
         if name:
-            library.check_free(self._services, name)
+            self._kind.check_free(name)
         access = Access(caller.uid, self._group)
-        arriving = Import(self._services, self._arriving, access, file_name)
+        arriving = Import(self._services, self._kind, self._arriving, access, file_name)
         self._arriving[file_name] = arriving
         if name:
-            self._services.reserved.add(name)
+            self._kind.reserved.add(name)
         try:
             await arriving.begin()
         except BaseException:
@@ -70,11 +112,16 @@ class Imports:
         return arriving
 
 
-class Import:
-    """One archive on its way in. Calls wait for each other; `size` is how much has arrived."""
+class Import(Generic[R]):
+    """One file on its way in. Calls wait for each other; `size` is how much has arrived."""
 
     def __init__(
-        self, services: Services, among: dict[str, "Import"], access: Access, file_name: str
+        self,
+        services: Services,
+        kind: Kind[R],
+        among: dict[str, "Import[R]"],
+        access: Access,
+        file_name: str,
     ) -> None:
         self.id = new_id()
         self.file_name = file_name
@@ -82,37 +129,39 @@ class Import:
         self.began = time.time()
         self.size = 0
         self.refusal: CocoonError | None = None
+        self.ends_unmarked = kind.ends_unmarked
         self._services = services
-        self._among = among
+        self._kind: Kind[R] = kind
+        self._among: dict[str, Import[R]] = among
         self._handles = 0
         self._staging = -1
-        self._sink: ImportSink | None = None
+        self._sink: Sink | None = None
         self._pending = bytearray()
         self._turn = trio.Lock()
         self._fed = trio.Event()
         self._fed.set()
-        self._draft: Snapshot | None = None
+        self._draft: R | None = None
         self._is_over = False
         self._told = 0.0
-        self._members: tuple[str, ...] = ()
+        self._part = ""
 
     @property
     def name(self) -> str:
-        """The name that the snapshot will have, "" while the file is rsync's temporary one."""
-        return _name_of(self.file_name)
+        """The name that the object will have, "" while the file is rsync's temporary one."""
+        return self._kind.name_of(self.file_name)
 
     async def begin(self) -> None:
         """Make the staging directory."""
-        store = self._services.snapshots
+        store = self._kind.store
 
         def make() -> int:
-            store.begin(self.id)
+            store.stage(self.id)
             flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
             return os.open(store.staging(self.id), flags)
 
         self._staging = await self._services.tree.in_thread("beginning an import", make)
-        self._sink = ImportSink(self._staging)
-        step("import:begun")
+        self._sink = self._kind.sink(self._staging)
+        self._step("begun")
 
     def opened(self) -> None:
         """Note that one more has the file open."""
@@ -125,8 +174,8 @@ class Import:
             await self.discard()
 
     def set_access(self, uid: int | None, gid: int | None, mode: int | None) -> None:
-        """Change whose the snapshot will be."""
-        self.access = library.changed_access(self.access, uid, gid, mode)
+        """Change whose it will be."""
+        self.access = changed_access(self.access, uid, gid, mode)
 
     async def write(self, offset: int, data: bytes) -> None:
         """Take the next bytes; what lies between them and the last ones is zeros."""
@@ -153,7 +202,7 @@ class Import:
             await self._skip_to(size)
 
     async def finish(self) -> None:
-        """Let a whole archive be a snapshot; raise Damaged for one that is not whole yet."""
+        """Let what is whole be a snapshot or image; raise Damaged for what is not whole yet."""
         async with self._turn:
             if self._is_over or self._draft is not None:
                 return
@@ -161,22 +210,24 @@ class Import:
             await self._feed()
             sink = self._sink
             assert sink is not None
-            self._draft = await self._in_thread("finishing an import", self._finish, sink)
-            step("import:whole")
+            self._draft = await self._in_thread(
+                "finishing an import", self._kind.finish, self.id, sink
+            )
+            self._step("whole")
             if self.name:
                 await self._publish()
 
     async def rename(self, file_name: str) -> None:
-        """Give the file another name; publish it when it is whole and the name is a snapshot's."""
+        """Give the file another name; publish it when it is whole and the name a lasting one."""
         async with self._turn:
-            name = _name_of(file_name)
+            name = self._kind.name_of(file_name)
             if name and name != self.name:
-                library.check_free(self._services, name)
+                self._kind.check_free(name)
             self.forget()
             self.file_name = file_name
             self._among[file_name] = self
             if name:
-                self._services.reserved.add(name)
+                self._kind.reserved.add(name)
             if self._draft is not None and name:
                 try:
                     await self._publish()
@@ -186,15 +237,10 @@ class Import:
                     raise
 
     async def discard(self) -> None:
-        """Throw away what has arrived; harmless when it is a snapshot already."""
+        """Throw away what has arrived; harmless when it is published already."""
         with trio.CancelScope(shield=True):
             async with self._turn:
                 await self._throw_away()
-
-    def forget(self) -> None:
-        """Give the name free."""
-        self._among.pop(self.file_name, None)
-        self._services.reserved.discard(self.name)
 
     async def _throw_away(self) -> None:
         if self._is_over:
@@ -206,6 +252,17 @@ class Import:
             await self._services.tree.in_thread("ending an import", self._remove)
         if self._told:
             self._services.events.happened("REMOVED", self._provisional("import-failed"))
+
+    def abandon(self) -> None:
+        """Note that who brought it has died: it will never be whole."""
+        if self._draft is None and not self._is_over:
+            self.refusal = Damaged(f"{self.file_name} is incomplete: who wrote it ended early")
+            raise self.refusal
+
+    def forget(self) -> None:
+        """Give the name free."""
+        self._among.pop(self.file_name, None)
+        self._kind.reserved.discard(self.name)
 
     async def _skip_to(self, offset: int) -> None:
         if offset <= self.size:
@@ -221,7 +278,9 @@ class Import:
         if self.refusal is not None:
             raise self.refusal
         if self._is_over or self._draft is not None:
-            raise Invalid(f"the archive {self.file_name} was complete: nothing may follow it")
+            raise Invalid(
+                f"the {self._kind.noun} {self.file_name} was complete: nothing may follow it"
+            )
 
     async def _feed(self) -> None:
         """Unpack all that has arrived."""
@@ -253,52 +312,20 @@ class Import:
                 self.refusal = error
             raise
 
-    def _finish(self, sink: ImportSink) -> Snapshot:
-        draft = sink.finish()
-        store = self._services.snapshots
-        with contextlib.suppress(Unsupported):  # another host can load it
-            library.check_state(self._services, draft, lambda: store.read_staged(self.id, STATE))
-        kernel, initrd = (
-            store.digest(self.id, name) if draft.has_file(name) else ""
-            for name in ("kernel", "initrd")
-        )
-        now = time.time()
-        return dataclasses.replace(
-            draft,
-            id=self.id,
-            reason="import",
-            created_at=draft.created_at or int(now),
-            updated_at=now,
-            mtime=now,
-            kernel=kernel,
-            initrd=initrd,
-        )
-
     async def _publish(self) -> None:
         assert self._draft is not None
-        services = self._services
-        draft = dataclasses.replace(self._draft, name=self.name, access=self.access)
         try:
-            # A directory under its final name has a record from the first moment on.
-            await services.index.snapshots.save(draft)
-            step("import:recorded")
-            layout = await library.published(services, draft)
-            step("import:published")
-            snapshot = dataclasses.replace(
-                draft, state=SnapshotState.READY, archive_size=layout.size, generation=1
-            )
-            await services.index.snapshots.save(snapshot)
+            await self._kind.publish(self._draft, self.name, self.access, self.size)
         except CocoonError as error:
             self.refusal, self._draft = error, None
-            await services.tree.in_thread("ending an import", services.snapshots.discard, self.id)
-            if services.index.snapshots.get(draft.id) is not None:
-                services.index.snapshots.forget(draft)
             raise
         self._is_over = True
         self.forget()
         os.close(self._staging)
-        services.events.happened("ADDED", snapshot, bytes=self.size)
-        step("import:ready")
+        self._step("ready")
+
+    def _step(self, name: str) -> None:
+        step(f"{self._kind.steps}:{name}")
 
     def _remove(self) -> None:
         if self._sink is not None:
@@ -306,35 +333,16 @@ class Import:
         if self._staging >= 0:
             with contextlib.suppress(OSError):
                 os.close(self._staging)
-        self._services.snapshots.discard(self.id)
+        self._kind.store.clear(self.id)
 
-    def _tell(self, sink: ImportSink) -> None:
-        progress = sink.progress
+    def _tell(self, sink: Sink) -> None:
         now = time.monotonic()
-        if progress.members == self._members and now - self._told < _EVENTS_APART:
+        if sink.part == self._part and now - self._told < _EVENTS_APART:
             return
-        self._told, self._members = now, progress.members
-        member = progress.members[-1] if progress.members else ""
-        snapshot = self._provisional("import")
-        self._services.events.happened("MODIFIED", snapshot, bytes=progress.bytes_in, member=member)
+        self._told, self._part = now, sink.part
+        record, part = self._provisional("import"), {"member": sink.part} if sink.part else {}
+        self._services.events.happened("MODIFIED", record, bytes=self.size, **part)
 
-    def _provisional(self, reason: str) -> Snapshot:
-        return Snapshot(
-            id=self.id,
-            name=self.name or self.file_name,
-            access=self.access,
-            hypervisor="",
-            reason=reason,
-            updated_at=time.time(),
-        )
-
-
-def _name_of(file_name: str) -> str:
-    """Return the snapshot's name, "" for rsync's temporary file; raise Invalid for another."""
-    temporary = _TEMPORARY.fullmatch(file_name)
-    if temporary is not None and is_name(temporary[1]):
-        return ""
-    name = file_name.removesuffix(_SUFFIX)
-    if name == file_name:
-        raise Invalid(f"{file_name[:80]} is not the name of an archive: end it in {_SUFFIX}")
-    return check_name(name)
+    def _provisional(self, reason: str) -> R:
+        name = self.name or self.file_name
+        return self._kind.provisional(self.id, name, self.access, reason)

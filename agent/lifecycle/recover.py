@@ -11,12 +11,13 @@ import logging
 import trio
 
 from agent.model.errors import CocoonError, Failed
+from agent.model.image import ImageState
 from agent.model.snapshot import Snapshot, SnapshotState
 from agent.model.vm import State, Vm
 from agent.systemd.unit import memory_limit
 from agent.vmm.driver import VmmState
 
-from . import library, restore, snapshot
+from . import images, library, restore, snapshot
 from .pause import connected
 from .reconcile import ALIVE, settle_without_process
 from .services import RESTING, Services
@@ -103,7 +104,7 @@ async def _recover_restore(services: Services, vm: Vm, active: str) -> None:
     if not exchanged and active in ("active", "reloading"):
         await _go_on_as_before(services, vm)
     elif exchanged and active == "active" and found is not None and await _runs(services, vm):
-        restored = restore.restored(vm, found)
+        restored = restore.restored(services, vm, found)
         await _complete(services, restored, Loading(found, "restore", State.RESTORING))
         await services.index.sync()
         await tree.in_thread("removing a VM's old files", store.forget_old, vm)
@@ -174,6 +175,19 @@ async def clear_snapshots(services: Services) -> None:
         if vm is not None and not vm.restoring:
             await tree.in_thread("removing old files of a VM", store.forget_old, vm)
             await tree.in_thread("removing a staged restore", store.unstage_restore, vm)
+
+
+async def clear_images(services: Services) -> None:
+    """Remove images that never were complete, and those whose removal had begun; as the above."""
+    store, tree = services.images, services.tree
+    for record in services.index.images.all():
+        try:
+            if record.state is not ImageState.READY:
+                await images.finish_removal(services, record)
+        except CocoonError as error:
+            _log.error("image %s is not removed yet: %s", record.name, error)
+    for image_id in await tree.in_thread("looking for unfinished images", store.stagings):
+        await tree.in_thread("removing an unfinished image", store.clear, image_id)
 
 
 async def _drop(services: Services, record: Snapshot) -> None:

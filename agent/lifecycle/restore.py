@@ -13,11 +13,12 @@ import trio
 
 from agent.model.access import Caller
 from agent.model.errors import CocoonError, Invalid, TimedOut, Unsupported
+from agent.model.image import DIGEST
 from agent.model.pinned import boot_files, pin
 from agent.model.snapshot import Snapshot
 from agent.model.vm import BootFiles, State, Vm
 
-from . import library
+from . import images, library
 from .services import PROCESS_GONE, RESTING, Services
 from .start import Loading, launch, plan_launch, prepare
 from .steps import step
@@ -39,6 +40,10 @@ async def restore(services: Services, caller: Caller, vm_id: str, name: str) -> 
     if vm.state not in _FROM:
         raise Invalid(f"VM {vm.name} is {vm.state}: restore takes one that runs or has run")
     snapshot = library.readable(services, caller, name)
+    own = vm.config.base
+    if own is None or snapshot.image_digest != f"{DIGEST}{own.digest}":
+        # An archive can name an image that who brought it may not read.
+        images.base_of(services, snapshot, caller)
     await _stage(services, vm, snapshot)
     try:
         step("restore:staged")
@@ -67,7 +72,7 @@ async def _stage(services: Services, vm: Vm, snapshot: Snapshot) -> None:
         raise Unsupported(
             f"snapshot {snapshot.name} has {snapshot.cpu} CPUs, this host {services.host_cpus}"
         )
-    await plan_launch(services.drivers, restored(vm, snapshot), loads=True)
+    await plan_launch(services.drivers, restored(services, vm, snapshot), loads=True)
     tree, store = services.tree, services.snapshots
     await tree.in_thread("storing a kernel", store.store_boot, snapshot)
     await tree.in_thread(f"staging snapshot {snapshot.name}", store.stage_restore, snapshot, vm)
@@ -80,9 +85,13 @@ async def _stage(services: Services, vm: Vm, snapshot: Snapshot) -> None:
         raise
 
 
-def restored(vm: Vm, snapshot: Snapshot) -> Vm:
-    """Return `vm` with the configuration that the snapshot brings back."""
-    config = pin(vm.config, snapshot)
+def restored(services: Services, vm: Vm, snapshot: Snapshot) -> Vm:
+    """Return `vm` with the configuration that the snapshot brings back.
+
+    Raises Missing when the image that it stands on is gone.
+    """
+    image = images.base_of(services, snapshot)
+    config = pin(vm.config, snapshot, image)
     booted = boot_files(snapshot)
     same = (vm.booted.kernel, vm.booted.initrd) == (booted.kernel, booted.initrd)
     if same and vm.config.boot is not None:
@@ -107,7 +116,7 @@ async def go_on(services: Services, vm_id: str, snapshot: Snapshot) -> None:
         await tree.release_disks(vm)
         await tree.in_thread("exchanging a VM's files", store.exchange, snapshot, vm)
         step("restore:exchanged")
-        vm = dataclasses.replace(restored(vm, snapshot), **PROCESS_GONE)
+        vm = dataclasses.replace(restored(services, vm, snapshot), **PROCESS_GONE)
         loading = Loading(snapshot, "restore", State.RESTORING)
         vm, plan = await prepare(services, vm, loading)
         await launch(services, vm, plan, loading)

@@ -13,6 +13,7 @@ from agent.index.store import Index
 from agent.model.errors import Missing
 from agent.model.vm import State, Vm
 from agent.storage.archive import Layout
+from agent.storage.images import ImageStore
 from agent.storage.kernel import KernelStore
 from agent.storage.snapshots import SnapshotStore
 from agent.storage.tree import Tree
@@ -33,8 +34,8 @@ class Services:
     the ids of VMs whose end a user asked for since their last start began, whatever else it looks
     like, `killing` the ends of the kills under way. `claim_host` raises Busy when another agent
     runs VMs on this host. `jail` is the skeleton that all VMMs start in. `reserved` are the names
-    of snapshots on their way in, `layouts` those of archives, by snapshot, and `reading` limits the
-    threads that read them.
+    of snapshots on their way in, `reserved_images` those of images, `layouts` those of archives,
+    by snapshot, and `reading` limits the threads that read them.
     """
 
     index: Index
@@ -49,10 +50,12 @@ class Services:
     jail: str
     claim_host: Callable[[], None]
     snapshots: SnapshotStore
+    images: ImageStore
     rush: Rush = field(default_factory=Rush)
     killed: set[str] = field(default_factory=set)
     killing: dict[str, trio.Event] = field(default_factory=dict)
     reserved: set[str] = field(default_factory=set)
+    reserved_images: set[str] = field(default_factory=set)
     layouts: dict[str, Layout] = field(default_factory=dict)
     reading: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(8))
 

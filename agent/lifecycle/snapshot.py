@@ -12,12 +12,14 @@ import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import trio
 
 from agent.model import canonical, sidecar
 from agent.model.disks import drives, host_disk_binds
 from agent.model.errors import CocoonError, Invalid, NoSpace, TimedOut, Unsupported
+from agent.model.image import DIGEST
 from agent.model.names import check_name, new_id
 from agent.model.sidecar import Sidecar, show_sidecar
 from agent.model.snapshot import (
@@ -116,7 +118,8 @@ async def _record(services: Services, vm: Vm, name: str) -> tuple[Vm, Snapshot]:
         hypervisor_version=vm.hypervisor_version,
         cpu=vm.config.cpu,
         memory=vm.config.memory,
-        storage=vm.config.storage,
+        storage=vm.config.own_size,
+        **_image(vm),
         disks=_disks(vm),
         boot=_boot(vm),
         host_disks={bind.target: bind.source for bind in host_disk_binds(vm.config)},
@@ -151,6 +154,19 @@ def _disks(vm: Vm) -> tuple[SnapshotDisk, ...]:
         )
         for drive in drives(vm.config, seed=bool(vm.seed))
     )
+
+
+def _image(vm: Vm) -> dict[str, Any]:
+    """Return how the snapshot names the image that the VM's disk stands on, as Cocoon does."""
+    base = vm.config.base
+    if base is None or base.copied:
+        return {}
+    return {
+        "image": vm.config.image,
+        "image_digest": f"{DIGEST}{base.digest}",
+        "image_type": "cloudimg",
+        "image_blobs": (base.digest,),
+    }
 
 
 def _boot(vm: Vm) -> SnapshotBoot:

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import trio
 
@@ -22,6 +23,7 @@ from agent.systemd.unit import environment_file, running_properties, vm_unit
 from agent.systemd.users import write_user
 from agent.vmm.driver import Driver, Version, Vmm, VmmState
 
+from . import images
 from .pause import connected
 from .services import Services
 from .steps import step
@@ -113,7 +115,14 @@ def _planned(vm: Vm, driver: Driver, version: Version, loads: bool) -> tuple[Vm,
             f"{driver.name} VMs get no first-boot configuration: leave out hostname, user, "
             "password, ssh_keys and user_data"
         )
-    vm = dataclasses.replace(vm, hypervisor=driver.name, hypervisor_version=version.text)
+    base, config = vm.config.base, vm.config
+    if base is not None and base.format == "raw" and not (vm.started_at or vm.from_snapshot):
+        # Whichever the first backend has, a copy or an overlay, the disk stays.
+        copied = not driver.capabilities.qcow2
+        config = dataclasses.replace(config, base=dataclasses.replace(base, copied=copied))
+    vm = dataclasses.replace(
+        vm, config=config, hypervisor=driver.name, hypervisor_version=version.text
+    )
     return vm, driver.plan(vm, version, loads=loads)
 
 
@@ -127,6 +136,7 @@ async def prepare(
     services.claim_host()
     if vm.config.cpu > services.host_cpus:
         raise Invalid(f"VM {vm.name} has {vm.config.cpu} CPUs, this host {services.host_cpus}")
+    base = await _base(services, vm)
     if loading is None and services.snapshots.has_loaded(vm):
         forgetting = f"removing what VM {vm.name} was loaded from"
         await services.tree.in_thread(forgetting, services.snapshots.forget_loaded, vm)
@@ -135,14 +145,15 @@ async def prepare(
     has_seed = bool(vm.seed)
     vm = with_seed(vm, loading)
     vm, plan = await plan_launch(services.drivers, vm, loads=loading is not None)
-    plan = dataclasses.replace(plan, binds=(*plan.binds, *await _boot_binds(services, vm)))
+    binds = (*plan.binds, *await _boot_binds(services, vm), *_base_binds(vm, base))
+    plan = dataclasses.replace(plan, binds=binds)
     if loading is not None:
         plan = dataclasses.replace(plan, binds=(*plan.binds, *_bound(services, vm, loading)))
     environment = environment_file(vm, plan, services.paths(vm), boot=loading is None)
     try:
         # In memory, as all of /run. First: by it the next agent sees what to give back.
         write_user(vm.uid)
-        devices = await services.tree.prepare_vm(vm, plan.files, environment)
+        devices = await services.tree.prepare_vm(vm, plan.files, environment, base)
         if vm.seed or has_seed:
             await services.tree.write_seed(vm, loads=loading is not None)
         await services.consoles.open(vm)
@@ -163,6 +174,21 @@ def with_seed(vm: Vm, loading: Loading | None) -> Vm:
     else:
         seed = instance_id(vm) if loading.snapshot.has_file(canonical.SEED) else ""
     return dataclasses.replace(vm, seed=seed)
+
+
+async def _base(services: Services, vm: Vm) -> str:
+    """Return the path of the image behind the VM's disk, "" for none; raise Missing when gone."""
+    image = images.of_vm(services, vm)
+    if image is None:
+        return ""
+    return await services.tree.in_thread("looking at an image", services.images.check, image)
+
+
+def _base_binds(vm: Vm, path: str) -> Iterator[Bind]:
+    """Return what puts the image where an overlay's VMM looks for it."""
+    base = vm.config.base
+    if base is not None and not base.copied:
+        yield Bind(path, canonical.base_path(base.digest, base.format))
 
 
 async def _store_boot_files(services: Services, vm: Vm) -> BootFiles:
@@ -205,23 +231,27 @@ async def launch(
     services: Services, vm: Vm, plan: LaunchPlan, loading: Loading | None = None
 ) -> None:
     """Start the unit and wait until the guest runs; else end it and leave the VM in error."""
-    began = time.time()
+    began, again = time.time(), bool(vm.started_at)
     try:
         if vm.state is State.ERROR:
             await services.units.reset_failed(vm)
         check_not_killed(services, vm)
-        vm = services.note(
-            vm.id,
-            state=loading.state if loading else State.STARTING,
-            reason=loading.reason if loading else "boot",
-            error="",
-            config=vm.config,
-            hypervisor=vm.hypervisor,
-            hypervisor_version=vm.hypervisor_version,
-            booted=vm.booted,
-            seed=vm.seed,
-            started_at=began,
-        )
+        changes: dict[str, Any] = {
+            "state": loading.state if loading else State.STARTING,
+            "reason": loading.reason if loading else "boot",
+            "error": "",
+            "config": vm.config,
+            "hypervisor": vm.hypervisor,
+            "hypervisor_version": vm.hypervisor_version,
+            "booted": vm.booted,
+            "seed": vm.seed,
+            "started_at": began,
+        }
+        if vm.config.base is not None and not vm.started_at:
+            # Nothing tells later which kind of disk was made from the image.
+            vm = await services.save(vm.id, **changes)
+        else:
+            vm = services.note(vm.id, **changes)
         properties = vm_unit(_restartable(vm, plan), plan, services.paths(vm))
         if loading is None:
             # A boot is not throttled by what leaves room for the guest and its devices.
@@ -243,6 +273,8 @@ async def launch(
         await services.consoles.keep(vm, unit.main_pid)
         services.note(vm.id, state=State.RUNNING, pid=unit.main_pid, first_booted=True)
         services.background.start_soon(show_machine, services, vm.id)
+        if again:
+            services.background.start_soon(_remove_stale_disks, services, vm)
     except BaseException as error:
         with trio.CancelScope(shield=True, deadline=trio.current_time() + _UNDO_LIMIT):
             if not isinstance(error, Exists):  # else the unit is somebody else's
@@ -363,6 +395,12 @@ async def show_machine(services: Services, vm_id: str) -> None:
     if vm is not None and vm.pid:
         with _reporting_trouble(services, vm):
             await services.units.register_machine(vm)
+
+
+async def _remove_stale_disks(services: Services, vm: Vm) -> None:
+    """Remove disks that were taken out of the configuration, now that it has proved to work."""
+    with _reporting_trouble(services, vm):
+        await services.tree.remove_stale_disks(vm)
 
 
 @contextmanager

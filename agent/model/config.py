@@ -19,7 +19,8 @@ MINIMUM_MEMORY = 16 * MIB
 MAXIMUM_STORAGE = 64 * 1024 * GIB
 MAXIMUM_DISKS = 16
 _SERIAL = re.compile(r"[A-Za-z0-9._-]{1,20}")  # virtio-blk: 20 bytes (VIRTIO 1.2, 5.2.6.1)
-_FILESYSTEMS = ("", "ext4")
+FILESYSTEMS = ("", "ext4")
+"""What the agent makes on its own disks; "" for nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +145,9 @@ def parse_config(base: VmConfig, changes: Mapping[str, Any], host_cpus: int) -> 
             raise Invalid(f"there is no key {name[:40]!r}: the keys are {', '.join(KEYS)}")
         values[name] = key.parse(raw)
     config = dataclasses.replace(base, **values)
+    if config.image != base.image:
+        # What it names now is not known here.
+        config = dataclasses.replace(config, base=None)
     # A maximum that equals the value follows it: writing back what is there changes nothing.
     if config.max_cpu == config.cpu:
         config = dataclasses.replace(config, max_cpu=0)
@@ -343,7 +347,7 @@ def _disk(raw: Any) -> Disk:
     serial = _text("serial", 20, _SERIAL.pattern, "1 to 20 letters, digits, dots, _ or -")
     disk = Disk(
         name=_text("disk name", 255)(given.get("name") or ""),
-        fstype=_choice("fstype", _FILESYSTEMS)(given.get("fstype") or ""),
+        fstype=_choice("fstype", FILESYSTEMS)(given.get("fstype") or ""),
         path=_host_path("disk path", given.get("path") or ""),
         readonly=_truth("readonly")(given.get("readonly", False)),
         serial=serial(given.get("serial") or ""),
@@ -391,6 +395,7 @@ def _keys() -> dict[str, Key]:
             _size("storage", 0, MAXIMUM_STORAGE, 512),
             plain("storage"),
         ),
+        Key("image", "what the writable disk starts from, of images/", _image, plain("image")),
         Key(
             "hypervisor",
             f"{', '.join(HYPERVISORS)} or auto",

@@ -5,8 +5,9 @@ import posixpath
 import re
 
 from . import canonical
-from .config import Boot, Disk, VmConfig, is_serial
+from .config import FILESYSTEMS, Boot, Disk, VmConfig, is_serial
 from .errors import Damaged, Missing
+from .image import Image
 from .size import MIB
 from .snapshot import Snapshot, SnapshotDisk
 from .vm import BootFiles
@@ -20,6 +21,7 @@ PINNED = (
     "memory",
     "max_memory",
     "storage",
+    "image",
     "hypervisor",
     "disks",
 )
@@ -28,8 +30,8 @@ PINNED = (
 _DATA_DISK = re.compile(r"data-(.+)\.raw")
 
 
-def pin(config: VmConfig, snapshot: Snapshot) -> VmConfig:
-    """Return `config` with what the snapshot fixes.
+def pin(config: VmConfig, snapshot: Snapshot, image: Image | None = None) -> VmConfig:
+    """Return `config` with what the snapshot fixes; `image` is the one that it stands on, if any.
 
     Raises Missing when it needs a disk that did not travel, Damaged for sizes that cannot be.
     """
@@ -46,7 +48,9 @@ def pin(config: VmConfig, snapshot: Snapshot) -> VmConfig:
         memory=snapshot.memory,
         max_memory=0,
         hypervisor=snapshot.hypervisor,
-        storage=sizes.get(canonical.COW, 0),
+        storage=snapshot.storage if image else sizes.get(canonical.COW, 0),
+        image=image.name if image else "",
+        base=image.base if image else None,
         disks=tuple(_disks(snapshot, sizes)),
         boot=boot,
     )
@@ -78,6 +82,7 @@ def _disks(snapshot: Snapshot, sizes: dict[str, int]) -> list[Disk]:
                 Disk(
                     name=data[1],
                     size=sizes[name],
+                    fstype=disk.fstype if disk.fstype in FILESYSTEMS else "",
                     readonly=disk.readonly,
                     serial=_serial(snapshot, disk),
                 )

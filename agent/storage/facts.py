@@ -3,10 +3,12 @@
 import contextlib
 import os
 import stat
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from agent.model.errors import CocoonError
 
+from .tools import missing_programs
 from .tree import check_path
 
 _OWN = ("vms", "snapshots", "images", "log", "kernels", "boot")
@@ -17,12 +19,14 @@ class StorageFacts:
     """`free` and `total` are bytes for root's new files; `unsafe` says what is wrong with whom.
 
     `made` is whether the root directory is there already: until then its parent is described.
+    `missing` are the programs that make disks and are not installed, with their packages.
     """
 
     made: bool
     free: int
     total: int
     unsafe: str = ""
+    missing: Mapping[str, str] = field(default_factory=dict)
 
 
 def storage_facts(root: str, run: str) -> StorageFacts:
@@ -34,6 +38,7 @@ def storage_facts(root: str, run: str) -> StorageFacts:
         free=facts.f_bavail * facts.f_frsize,
         total=facts.f_blocks * facts.f_frsize,
         unsafe=_unsafe(root, run),
+        missing=missing_programs(),
     )
 
 

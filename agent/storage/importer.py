@@ -1,18 +1,19 @@
 """Takes a snapshot's archive in as its bytes arrive, straight into a staging directory.
 
-Synchronous, and knows no event loop: `feed` and `finish` write files and wait for them, so callers
-run them in a worker thread, one call at a time. The staging directory belongs to the caller; the
-files in it are made, and removed after a refusal, here.
+The staging directory belongs to the caller; the files in it are made, and removed after a refusal,
+here.
 """
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from agent.model.errors import CocoonError, Damaged, NoSpace, UnknownFormat, from_os_error
+from agent.model import canonical
+from agent.model.errors import CocoonError, Damaged, NoSpace, UnknownFormat
 from agent.model.sidecar import complete
-from agent.model.size import KIB, MIB, show_size
+from agent.model.size import MIB, show_size
 from agent.model.snapshot import (
     METADATA,
     METADATA_LIMIT,
@@ -23,18 +24,12 @@ from agent.model.snapshot import (
 )
 
 from .compression import MAGIC_LENGTH, Plain, Unpacker, choose
-from .reader import Buffer, Event, MemberData, MemberEnd, MemberStart, TarReader
-from .reflink import start_writing_out
+from .qcow2 import read_header
+from .reader import Event, MemberData, MemberEnd, MemberStart, TarReader
+from .sink import Buffer, Sink
 
-FILE_MODE = 0o444
-"""Of a snapshot's files: VMs share them, so every VMM's uid may read and none may write them."""
-
-_PAGE = 4 * KIB
-_ZERO_PAGE = bytes(_PAGE)
 _LARGEST_FILE = 16 << 40  # bytes: ext4's limit (ext4(5))
 _MOST_MEMBERS = 64
-_ROOM_STEP = 64 * MIB
-_WRITE_OUT_STEP = 16 * MIB
 _LARGEST_HOLE = 1 << 30
 
 
@@ -46,16 +41,11 @@ class Progress:
     members: tuple[str, ...]
 
 
-class ImportSink:
-    """One archive on its way in.
-
-    `staging` is a descriptor of an empty directory; the caller keeps it open until `finish` or
-    `discard` has returned. A refusal is final: the files are removed, and further calls raise it
-    again.
-    """
+class ImportSink(Sink):
+    """One archive on its way in; see Sink."""
 
     def __init__(self, staging: int) -> None:
-        self._staging = staging
+        super().__init__(staging, "archive")
         self._reader = TarReader()
         self._unpacker: Unpacker | None = None
         self._magic = b""
@@ -65,9 +55,6 @@ class ImportSink:
         self._fd = -1
         self._document = bytearray()
         self._draft: Snapshot | None = None
-        self._room = 0
-        self._unsynced = 0
-        self._refusal: CocoonError | None = None
         self._result: Snapshot | None = None
 
     @property
@@ -75,9 +62,9 @@ class ImportSink:
         return Progress(self._bytes_in, tuple(self._members))
 
     @property
-    def is_refused(self) -> bool:
-        """Whether the archive was refused for good."""
-        return self._refusal is not None
+    def part(self) -> str:
+        """Return the member that is under way."""
+        return self._members[-1] if self._members else ""
 
     @property
     def is_finished(self) -> bool:
@@ -123,7 +110,7 @@ class ImportSink:
             if self._draft is None:
                 raise UnknownFormat(f"the archive has no {METADATA}: this is no snapshot")
             files = [SnapshotFile(name, size) for name, (_, size) in self._files.items()]
-            result = complete(self._draft, files, self._read)
+            result = complete(self._draft_with_size(), files, self._read)
             for fd, _ in self._files.values():
                 os.fsync(fd)
             os.fsync(self._staging)
@@ -139,24 +126,6 @@ class ImportSink:
             for name in names:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(name, dir_fd=self._staging)
-
-    @contextlib.contextmanager
-    def _refusing(self) -> Iterator[None]:
-        if self._refusal is not None:
-            raise self._refusal
-        try:
-            yield
-        except CocoonError as error:
-            self._refusal = error
-            self.discard()
-            raise
-        except OSError as error:
-            self._refusal = from_os_error(error, "writing the archive's files")
-            self.discard()
-            raise self._refusal from None
-        except BaseException:
-            self.discard()
-            raise
 
     def _feed(self, data: memoryview) -> None:
         self._bytes_in += len(data)
@@ -177,7 +146,7 @@ class ImportSink:
                     if self._fd < 0:
                         self._document[offset : offset + len(data)] = data
                     else:
-                        self._write(offset, data)
+                        self._write(self._fd, offset, data)
                 case MemberStart():
                     self._start(event)
                 case MemberEnd():
@@ -215,51 +184,23 @@ class ImportSink:
                 f"{name} needs {show_size(member.stored)}: the filesystem has "
                 f"{show_size(self._free())} left"
             )
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._fd = os.open(name, flags, 0o600, dir_fd=self._staging)
+        self._fd = self._create(name)
         self._files[name] = (self._fd, member.size)
-        os.fchmod(self._fd, FILE_MODE)
         os.ftruncate(self._fd, member.size)
-
-    def _write(self, offset: int, data: memoryview) -> None:
-        """Write `data` but for its pages of zeros, which stay holes."""
-        length = len(data)
-        position, run = 0, -1
-        while position < length:
-            end = min(position + _PAGE - (offset + position) % _PAGE, length)
-            if data[position] or bytes(data[position:end]) != _ZERO_PAGE[: end - position]:
-                if run < 0:
-                    run = position
-            elif run >= 0:
-                self._write_all(offset + run, data[run:position])
-                run = -1
-            position = end
-        if run >= 0:
-            self._write_all(offset + run, data[run:])
-
-    def _write_all(self, offset: int, data: memoryview) -> None:
-        self._room -= len(data)
-        if self._room < 0:
-            free = self._free()
-            if free < len(data):
-                raise NoSpace("the archive does not fit: its filesystem is full")
-            self._room = min(free, _ROOM_STEP) - len(data)
-        while len(data):
-            written = os.pwrite(self._fd, data, offset)
-            offset += written
-            data = data[written:]
-            self._unsynced += written
-        if self._unsynced >= _WRITE_OUT_STEP:
-            # So that what is left to sync in the end is little.
-            self._unsynced = 0
-            start_writing_out(self._fd)
-
-    def _free(self) -> int:
-        status = os.fstatvfs(self._staging)
-        return status.f_bavail * status.f_frsize
 
     def _is_whole(self) -> bool:
         return self._unpacker is not None and self._unpacker.complete and self._reader.ended
+
+    def _draft_with_size(self) -> Snapshot:
+        """Return the draft, with the size of the disk that an overlay holds."""
+        assert self._draft is not None
+        if canonical.OVERLAY not in self._files:
+            return self._draft
+        try:
+            size = read_header(self._files[canonical.OVERLAY][0]).size
+        except CocoonError as error:
+            raise type(error)(f"the archive's {canonical.OVERLAY} {error}") from None
+        return dataclasses.replace(self._draft, storage=size)
 
     def _read(self, name: str) -> bytes:
         fd, size = self._files[name]

@@ -25,6 +25,7 @@ from . import directory
 from .archive import Layout, read_layout
 from .reflink import PRIVATE, SHARED, copy_file, dig_holes, open_owned, take_over
 from .sparse import data_ranges
+from .staging import Staged
 from .tree import BESIDE, Tree
 
 STATE, MEMORY = "vmstate", "mem"
@@ -32,7 +33,6 @@ BOOT_FILES = ("kernel", "initrd")
 SAVE = "save"
 """Where in its own directory a VMM writes its state and memory."""
 
-_STAGING = ".staging"
 _NEW, _OLD, _BOUND = BESIDE
 _FINE = 4096  # bytes of a block, beyond which a file of changed pages does not tell which they are
 _PIECE = 1 << 20
@@ -48,25 +48,18 @@ class Base:
         os.close(self.fd)
 
 
-class SnapshotStore:
+class SnapshotStore(Staged):
     """All snapshots' directories, and the ways between them and VMs' directories."""
 
     def __init__(self, tree: Tree) -> None:
+        super().__init__(tree.snapshots)
         self._tree = tree
-
-    def directory(self, snapshot_id: str) -> str:
-        """Return where a published snapshot lies."""
-        return f"{self._tree.snapshots}/{snapshot_id}"
-
-    def staging(self, snapshot_id: str) -> str:
-        """Return where a snapshot is made."""
-        return f"{self._tree.snapshots}/{snapshot_id}{_STAGING}"
 
     # Taking
 
     def begin(self, snapshot_id: str, vm: Vm | None = None) -> None:
         """Make an empty staging directory, and in the VM's directory one for its VMM to write."""
-        os.mkdir(self.staging(snapshot_id), 0o700)
+        self.stage(snapshot_id)
         if vm is not None:
             with directory.opened_as(self._tree.directory(vm.id), vm.uid) as own:
                 _remove_entry(own, SAVE)
@@ -173,27 +166,15 @@ class SnapshotStore:
                 sha.update(piece)
         return sha.hexdigest()
 
-    def publish(self, snapshot_id: str) -> None:
-        """Let a sealed snapshot appear under its final name, lastingly."""
-        os.rename(self.staging(snapshot_id), self.directory(snapshot_id))
-        with directory.opened(self._tree.snapshots) as snapshots:
-            os.fsync(snapshots)
-
     def discard(self, snapshot_id: str, vm: Vm | None = None) -> None:
         """Remove what there is of a snapshot, staged or published, and of its making."""
-        directory.remove(self.staging(snapshot_id))
-        directory.remove(self.directory(snapshot_id))
+        self.clear(snapshot_id)
         if vm is not None:
             with (
                 contextlib.suppress(FileNotFoundError),
                 directory.opened_as(self._tree.directory(vm.id), vm.uid) as own,
             ):
                 _remove_entry(own, SAVE)
-
-    def stagings(self) -> list[str]:
-        """Return the ids of what stands in staging."""
-        names = os.listdir(self._tree.snapshots)
-        return [name.removesuffix(_STAGING) for name in names if name.endswith(_STAGING)]
 
     # Showing
 

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,6 @@ from agent.model.errors import (
     Failed,
     Missing,
     NotPermitted,
-    Unsupported,
     from_os_error,
 )
 from agent.model.seed import seed_files
@@ -35,6 +35,8 @@ BESIDE = (".new", ".old", ".bound")
 replaced, and disks bound to where a snapshot of another host's expects them."""
 
 _TRASH = ".removed-"
+_OWN = (canonical.COW, canonical.OVERLAY)
+_DATA_DISK = re.compile(r"data-.+\.raw")
 _THREADS = 8
 _log = logging.getLogger(__name__)
 _SOCKET = os.path.basename(canonical.API_SOCKET)
@@ -87,18 +89,22 @@ class Tree:
         await self.in_thread("making the agent's directories", self._prepare)
 
     async def prepare_vm(
-        self, vm: Vm, files: Mapping[str, bytes], environment: bytes
+        self, vm: Vm, files: Mapping[str, bytes], environment: bytes, base: str = ""
     ) -> tuple[str, ...]:
         """Make all files that a start of the VM needs; return the block devices it must reach.
 
         `files` go into the VM's directory by name, `environment` into root's run directory. Disks
-        are created or grown, the host's are lent to the VM's uid, sockets of an earlier process
-        are removed. The VM must have no process. Raises NoSpace, Missing, Invalid or Failed; disks
-        of the host are then lent no more.
+        are created or grown, `base` being the path of the image behind the VM's own; the host's
+        are lent to the VM's uid, sockets of an earlier process are removed. The VM must have no
+        process. Raises NoSpace, Missing, Invalid, Damaged or Failed; disks of the host are then
+        lent no more.
         """
-        return await self.in_thread(
-            f"preparing the files of VM {vm.name}", self._prepare_vm, vm, files, environment
-        )
+        doing = f"preparing the files of VM {vm.name}"
+        return await self.in_thread(doing, self._prepare_vm, vm, files, environment, base)
+
+    async def remove_stale_disks(self, vm: Vm) -> None:
+        """Remove the agent's own disks that the VM, which has started without them, has no more."""
+        await self.in_thread(f"removing old disks of VM {vm.name}", self._remove_stale_disks, vm)
 
     async def write_seed(self, vm: Vm, *, loads: bool = False) -> None:
         """Put the seed into the VM's directory, or remove one it has and no more needs.
@@ -187,19 +193,17 @@ class Tree:
             directory.ensure(path, 0o755, os.geteuid())
 
     def _prepare_vm(
-        self, vm: Vm, files: Mapping[str, bytes], environment: bytes
+        self, vm: Vm, files: Mapping[str, bytes], environment: bytes, base: str
     ) -> tuple[str, ...]:
-        for disk in vm.config.disks:
-            if disk.fstype:
-                raise Unsupported(
-                    f"disk {disk.name} cannot be given {disk.fstype}: the agent makes no "
-                    "filesystems yet; leave fstype empty and let the guest make it"
-                )
         own = self.directory(vm.id)
         directory.ensure(own, 0o700, vm.uid)
         with directory.opened_as(own, vm.uid) as opened:
+            if vm.config.base is not None and not (vm.started_at or vm.is_to_be_cloned):
+                # A start that failed may have made one from another image.
+                for name in _OWN:
+                    directory.discard(opened, name)
             for file in disk_files(vm.config):
-                ensure_disk(opened, file.name, file.size, vm.uid)
+                ensure_disk(opened, file, vm.uid, base)
             for name, content in files.items():
                 # Gone first: a file that replaces another by its name, ext4 writes out at once.
                 directory.discard(opened, name)
@@ -226,6 +230,13 @@ class Tree:
                 write_seed(opened, image, vm.uid, loads=loads)
             else:
                 directory.discard(opened, canonical.SEED)
+
+    def _remove_stale_disks(self, vm: Vm) -> None:
+        wanted = {file.name for file in disk_files(vm.config)}
+        with directory.opened_as(self.directory(vm.id), vm.uid) as opened:
+            for name in os.listdir(opened):
+                if name not in wanted and (name in _OWN or _DATA_DISK.fullmatch(name)):
+                    directory.discard(opened, name)
 
     def _write_environment(self, vm: Vm, environment: bytes) -> None:
         with directory.opened(self.run_directory(vm.id)) as opened:

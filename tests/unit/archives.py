@@ -3,10 +3,12 @@
 import io
 import json
 import random
+import struct
 import tarfile
 from pathlib import Path
 
 from agent.model import canonical
+from agent.model.size import MIB
 from agent.storage.sparse import data_ranges
 
 COCOON = Path(__file__).parent.parent / "data" / "cocoon"
@@ -80,6 +82,32 @@ def firecracker(**changes):
     for name, content in changes.items():
         members[name.replace("_", ".")] = content
     return {name: content for name, content in members.items() if content is not None}
+
+
+def qcow2(size=MIB, *, version=3, backing=b"", features=0, encryption=0, extensions=b"", **numbers):
+    """An empty qcow2 with clusters of 64 KiB, of whose header anything can be changed."""
+    cluster = 1 << 16
+    values = {
+        "bits": 16,
+        "entries": max(1, -(-size // (512 * MIB))),
+        "table": 3 * cluster,
+        "counts": cluster,
+        "tables": 1,
+        **numbers,
+    }
+    more = extensions + bytes(8)
+    header = struct.pack(
+        ">4sIQIIQIIQQIIQQQQIIQ",
+        *(b"QFI\xfb", version, (112 + len(more)) * bool(backing), len(backing)),
+        *(values["bits"], size, encryption, values["entries"], values["table"]),
+        *(values["counts"], values["tables"], 0, 0, features, 0, 0, 4, 112, 0),
+    )
+    file = bytearray(4 * cluster)
+    head = header + more + backing
+    file[: len(head)] = head
+    file[cluster : cluster + 8] = (2 * cluster).to_bytes(8, "big")  # the one table of counts
+    file[2 * cluster : 2 * cluster + 8] = b"\0\1" * 4
+    return bytes(file)
 
 
 def member(name, content=b"", size=None, kind=tarfile.REGTYPE, **pax):

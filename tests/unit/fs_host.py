@@ -106,7 +106,7 @@ class FakeConsoles:
 
 
 class EmptyShelf:
-    """No snapshots, and none on their way in."""
+    """No snapshots or images, and none on their way in."""
 
     def exists(self, object_id: str) -> bool:
         return False
@@ -159,6 +159,7 @@ class FakeHost:
         self.events = FakeEvents()
         self.snapshots = EmptyShelf()
         self.doctor = FakeDoctor()
+        self.images = EmptyShelf()
         self.consoles = FakeConsoles()
         self.consoles.running = lambda vm_id: self.records[vm_id].has_process
         self.records: dict[str, Vm] = {}

@@ -1,14 +1,16 @@
 """`hypervisor: auto` takes the first backend that runs guests here, and says why none does."""
 
+import dataclasses
+
 import pytest
 
 from agent.lifecycle.start import plan_launch
 from agent.model.access import Access
-from agent.model.config import VmConfig
+from agent.model.config import BaseImage, VmConfig
 from agent.model.errors import Missing, Unsupported
 from agent.model.launch import LaunchPlan
 from agent.model.vm import Vm
-from agent.vmm.driver import Version
+from agent.vmm.driver import Capabilities, Version
 
 pytestmark = pytest.mark.anyio
 
@@ -68,3 +70,16 @@ async def test_when_none_can_each_says_why():
         await chosen(
             Backend("firecracker", refusal="no serials"), Backend("qemu", missing="no program")
         )
+
+
+@pytest.mark.parametrize("qcow2", [True, False])
+async def test_what_is_made_from_a_raw_image_is_settled_by_the_first_backend(qcow2):
+    backend = Backend("qemu")
+    backend.capabilities = Capabilities(qcow2=qcow2)
+    config = VmConfig(image="debian", base=BaseImage("ab" * 32, "raw", 1 << 30))
+    vm = Vm("a" * 26, "web", 70000, Access(0, 0), config)
+    vm, _ = await plan_launch({"qemu": backend}, vm)
+    assert vm.config.base.copied is not qcow2
+    backend.capabilities = Capabilities(qcow2=not qcow2)
+    again, _ = await plan_launch({"qemu": backend}, dataclasses.replace(vm, started_at=1))
+    assert again.config.base == vm.config.base

@@ -1,10 +1,17 @@
+import dataclasses
 import errno
+import json
 import os
+import shutil
 import stat
+import subprocess
 
 import pytest
+from archives import qcow2
 
-from agent.model.errors import Failed, Invalid
+from agent.model.config import BaseImage
+from agent.model.disks import DiskFile
+from agent.model.errors import Damaged, Failed, Invalid
 from agent.model.size import GIB, MIB
 from agent.storage.disk import ensure_disk
 
@@ -20,7 +27,7 @@ def directory(tmp_path):
 
 
 def ensure(directory, size, uid=None):
-    ensure_disk(directory, "cow.raw", size, os.geteuid() if uid is None else uid)
+    ensure_disk(directory, DiskFile("cow.raw", size), os.geteuid() if uid is None else uid)
 
 
 def test_a_new_disk_has_its_size_and_takes_no_room(directory, tmp_path):
@@ -124,3 +131,102 @@ def test_a_disk_that_cannot_grow_stays(directory, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         ensure(directory, 2 * MIB)
     assert (tmp_path / "cow.raw").stat().st_size == MIB
+
+
+BASE = BaseImage("ab" * 32, "qcow2", 64 * MIB)
+OVERLAY = DiskFile("overlay.qcow2", 64 * MIB, format="qcow2", base=BASE)
+needs_qemu_img = pytest.mark.skipif(not shutil.which("qemu-img"), reason="needs qemu-img")
+
+
+def described(path):
+    # With a lock it would open the base, which is not there.
+    words = ["qemu-img", "info", "--output=json", "-U", path]
+    return json.loads(subprocess.check_output(words))
+
+
+@as_root
+@needs_qemu_img
+def test_an_overlay_is_empty_and_stands_on_its_base_by_digest(directory, tmp_path):
+    ensure_disk(directory, OVERLAY, UID)
+    path = tmp_path / "overlay.qcow2"
+    found = described(path)
+    assert found["virtual-size"] == 64 * MIB
+    assert found["backing-filename"] == f"/var/lib/cocoon/cloudimg/blobs/{BASE.digest}.qcow2"
+    assert found["backing-filename-format"] == "qcow2"
+    facts = path.stat()
+    assert (facts.st_uid, stat.S_IMODE(facts.st_mode)) == (UID, 0o600)
+    assert os.listdir(tmp_path) == ["overlay.qcow2"]
+
+
+@as_root
+@needs_qemu_img
+def test_an_overlay_grows_keeps_what_is_on_it_and_never_shrinks(directory, tmp_path):
+    ensure_disk(directory, OVERLAY, UID)
+    path = tmp_path / "overlay.qcow2"
+    inner = {"driver": "file", "filename": str(path)}
+    alone = "json:" + json.dumps({"driver": "qcow2", "backing": None, "file": inner})
+    write = ["qemu-io", "-c", "write -P 7 0 65536", alone]
+    subprocess.run(write, check=True, stdout=subprocess.DEVNULL)
+    # Beyond what one cluster of its first table stands for, so that it has to be moved.
+    large = dataclasses.replace(OVERLAY, size=5 << 40)
+    ensure_disk(directory, large, UID)
+    assert described(path)["virtual-size"] == 5 << 40
+    read = ["qemu-io", "-r", "-c", "read -P 7 0 65536", alone]
+    assert b"verification failed" not in subprocess.check_output(read)
+    before = path.stat()
+    ensure_disk(directory, large, UID)
+    assert path.stat() == before
+    with pytest.raises(Invalid, match=r"overlay\.qcow2 has 5120G, more than 64M"):
+        ensure_disk(directory, OVERLAY, UID)
+
+
+@as_root
+@pytest.mark.parametrize("content", [b"", b"guest's", qcow2(features=4), qcow2()[:99999]])
+def test_an_overlay_that_is_none_any_more_is_not_given_to_any_program(
+    directory, tmp_path, monkeypatch, content
+):
+    monkeypatch.setattr("agent.storage.disk.grow_overlay", None)
+    path = tmp_path / "overlay.qcow2"
+    path.write_bytes(content)
+    os.chown(path, UID, UID)
+    with pytest.raises(Damaged, match=r"disk overlay\.qcow2 .*put the VM back to a snapshot"):
+        ensure_disk(directory, OVERLAY, UID)
+    assert path.read_bytes() == content
+
+
+@as_root
+@needs_qemu_img
+def test_growing_an_overlay_opens_nothing_that_its_header_names(directory, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_bytes(qcow2())
+    (tmp_path / "overlay.qcow2").write_bytes(qcow2(MIB, backing=os.fsencode(secret)))
+    os.chown(tmp_path / "overlay.qcow2", UID, UID)
+    before = secret.stat()
+    os.utime(secret, ns=(0, before.st_mtime_ns))
+    ensure_disk(directory, OVERLAY, UID)
+    assert secret.stat().st_atime_ns == 0
+    assert described(tmp_path / "overlay.qcow2")["virtual-size"] == 64 * MIB
+
+
+@as_root
+def test_a_copy_of_a_raw_image_has_the_size_that_is_wanted(directory, tmp_path):
+    (tmp_path / "base").write_bytes(b"raw" + bytes(MIB))
+    copy = DiskFile("cow.raw", 3 * MIB, base=BaseImage("cd" * 32, "raw", MIB, copied=True))
+    ensure_disk(directory, copy, UID, str(tmp_path / "base"))
+    content = (tmp_path / "cow.raw").read_bytes()
+    assert content == b"raw" + bytes(3 * MIB - 3)
+    assert stat.S_IMODE((tmp_path / "cow.raw").stat().st_mode) == 0o600
+    assert sorted(os.listdir(tmp_path)) == ["base", "cow.raw"]
+
+
+@as_root
+def test_a_large_filesystem_takes_little_room_and_what_cannot_be_made_leaves_nothing(
+    directory, tmp_path, monkeypatch
+):
+    ensure_disk(directory, DiskFile("cow.raw", 10 * GIB, fstype="ext4"), UID)
+    facts = (tmp_path / "cow.raw").stat()
+    assert facts.st_size == 10 * GIB
+    assert facts.st_blocks * 512 < 16 * MIB
+    with pytest.raises(Failed, match=r"disk data-a\.raw cannot be made: mkfs\.ext4 failed"):
+        ensure_disk(directory, DiskFile("data-a.raw", 512, fstype="ext4"), UID)
+    assert os.listdir(tmp_path) == ["cow.raw"]

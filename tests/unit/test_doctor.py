@@ -90,6 +90,8 @@ JUDGED = [
     (checks.check_space(StorageFacts(True, 1900 * MIB, 20 * GIB), "/r"), WARN, "grow the file"),
     (checks.check_space(StorageFacts(True, 255 * MIB, 20 * GIB), "/r"), FAIL, "255M of 20G"),
     (checks.check_reflinks(True, "/r", made=True, root_asks=True), OK, "/r"),
+    (checks.check_disk_tools({}), OK, "qemu-img and mkfs.ext4"),
+    (checks.check_disk_tools({"qemu-img": "qemu-utils"}), WARN, "apt-get install qemu-utils"),
     (checks.check_reflinks(False, "/r", made=True, root_asks=True), WARN, "mkfs.xfs -m reflink=1"),
     (checks.check_reflinks(None, "/r", made=True, root_asks=True), WARN, "mkfs.xfs"),
     (checks.check_reflinks(None, "/r", made=True, root_asks=False), WARN, "run it as root"),

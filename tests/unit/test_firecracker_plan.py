@@ -5,7 +5,7 @@ import pytest
 
 from agent.model import canonical
 from agent.model.access import Access
-from agent.model.config import Boot, Disk, VmConfig
+from agent.model.config import BaseImage, Boot, Disk, VmConfig
 from agent.model.errors import Invalid, Unsupported
 from agent.model.launch import Bind
 from agent.model.size import GIB, MIB
@@ -89,6 +89,14 @@ def test_disks_of_the_host_are_bound_where_the_drives_look_for_them():
         Bind("/dev/sdb", f"{canonical.DISKS}/0", readonly=True),
         Bind("/srv/data.raw", f"{canonical.DISKS}/2", readonly=False),
     )
+
+
+def test_an_image_is_a_copy_or_nothing():
+    base = BaseImage("ab" * 32, "raw", GIB)
+    with pytest.raises(Unsupported, match="raw disks only.*on the image debian.*-O raw"):
+        document(image="debian", base=base)
+    copied = document(image="debian", base=dataclasses.replace(base, copied=True))
+    assert [drive["path_on_host"] for drive in copied["drives"]] == [f"{canonical.VM}/cow.raw"]
 
 
 def test_without_storage_there_is_no_disk():

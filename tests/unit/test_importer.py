@@ -23,18 +23,19 @@ from archives import (
     member,
     metadata,
     pack,
+    qcow2,
     sidecar,
     vmstate,
 )
 
-from agent.model.errors import Damaged, Invalid, NoSpace
+from agent.model.errors import Damaged, Invalid, NoSpace, UnknownFormat
 from agent.model.snapshot import BoundFile, metadata_size, show_metadata
 from agent.storage import importer
 from agent.storage.archive import read_layout
 from agent.storage.importer import ImportSink
 from agent.storage.sparse import data_ranges
 
-MIB = 1 << 20
+MIB, GIB = 1 << 20, 1 << 30
 RANGES = [(PAGE, PAGE), (20 * PAGE, 3 * PAGE), (60 * PAGE, 4 * PAGE)]
 SIZE = 64 * PAGE
 DISK = file_with(RANGES, SIZE)
@@ -362,7 +363,7 @@ def cloud_hypervisor(**changes):
         "snapshot.json": metadata(hypervisor="cloud-hypervisor"),
         "config.json": json.dumps({**config, **changes}).encode(),
         "memory-ranges": b"m" * PAGE,
-        "overlay.qcow2": b"q" * 100,
+        "overlay.qcow2": qcow2(10 * GIB, backing=b"/var/lib/cocoon/base.qcow2"),
         "state.json": b"{}",
     }
 
@@ -373,6 +374,25 @@ def test_a_cloud_hypervisor_snapshot_of_cocoons_needs_no_sidecar(sink):
         BoundFile("overlay.qcow2", "/var/lib/cocoon/run/cloudhypervisor/X/overlay.qcow2"),
     )
     assert snapshot.boot.firmware_path == "/var/lib/cocoon/firmware/CLOUDHV.fd"
+    assert snapshot.storage == 10 * GIB
+
+
+@pytest.mark.parametrize(
+    ("overlay", "refusal", "words"),
+    [
+        (b"q" * 100, UnknownFormat, "overlay.qcow2 is no qcow2 file"),
+        (qcow2(features=4), Damaged, "overlay.qcow2 keeps its data in another file"),
+        (qcow2()[: MIB // 8], Damaged, "overlay.qcow2 is cut short"),
+    ],
+)
+def test_an_overlay_that_is_none_or_wants_another_file_is_refused(
+    sink, staging, overlay, refusal, words
+):
+    members = cloud_hypervisor()
+    members["overlay.qcow2"] = overlay
+    with pytest.raises(refusal, match=words):
+        take_in(sink, pack(members))
+    assert os.listdir(staging) == []
 
 
 def test_a_cloud_hypervisor_disk_elsewhere_on_the_host_is_refused(sink):

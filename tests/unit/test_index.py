@@ -7,8 +7,9 @@ import trio
 from agent.index.schema import VERSION
 from agent.index.store import open_index
 from agent.model.access import Access
-from agent.model.config import Boot, Disk, VmConfig
+from agent.model.config import BaseImage, Boot, Disk, VmConfig
 from agent.model.errors import Exists, Failed, NoSpace
+from agent.model.image import Image, ImageState
 from agent.model.names import new_id
 from agent.model.vm import FIRST_UID, BootFiles, State, Vm
 
@@ -73,6 +74,21 @@ async def test_what_is_noted_is_written_without_anybody_waiting(path):
         with sqlite3.connect(path) as other, trio.fail_after(10):
             while not other.execute("SELECT * FROM vms").fetchall():
                 await trio.sleep(0.01)
+
+
+async def test_an_index_of_the_first_version_gets_the_tables_that_came_later(path):
+    vm = dataclasses.replace(make_vm("a"), config=VmConfig(base=BaseImage("ab", "raw", 512)))
+    async with open_index(path) as index:
+        await index.vms.save(vm)
+    with sqlite3.connect(path) as older:
+        older.execute("DROP TABLE images")
+        older.execute("PRAGMA user_version = 1")
+    image = Image(new_id(), "debian", Access(0, 0), digest="ab", state=ImageState.READY)
+    async with open_index(path) as index:
+        assert index.vms.all() == [vm]
+        await index.images.save(image)
+    async with open_index(path) as index:
+        assert index.images.all() == [image]
 
 
 async def test_a_newer_schema_is_refused_and_left_alone(path):

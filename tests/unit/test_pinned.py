@@ -3,8 +3,9 @@ import dataclasses
 import pytest
 
 from agent.model.access import Access
-from agent.model.config import KEYS, Boot, Disk, VmConfig, parse_config, show_config
+from agent.model.config import KEYS, BaseImage, Boot, Disk, VmConfig, parse_config, show_config
 from agent.model.errors import Damaged, Missing
+from agent.model.image import Image
 from agent.model.pinned import PINNED, boot_files, pin
 from agent.model.size import GIB, MIB
 from agent.model.snapshot import Snapshot, SnapshotBoot, SnapshotDisk, SnapshotFile
@@ -38,6 +39,20 @@ def test_a_snapshot_fixes_what_its_vm_had():
     assert config.disks == (Disk(name="logs", size=4 * MIB, readonly=True),)
     assert config.hypervisor == "firecracker"
     assert config.restart == "always"
+
+
+def test_an_overlay_stands_on_the_image_that_is_here_under_its_name():
+    disks = (
+        SnapshotDisk("/var/lib/cocoon/run/vm/overlay.qcow2", role="cow"),
+        SnapshotDisk("/var/lib/cocoon/run/vm/data-logs.raw", role="data", fstype="ext4"),
+    )
+    files = (SnapshotFile("data-logs.raw", MIB), SnapshotFile("overlay.qcow2", 200_000))
+    snapshot = dataclasses.replace(SNAPSHOT, disks=disks, files=files, storage=4 * GIB)
+    image = Image("x" * 26, "trixie", Access(0, 0), format="raw", size=GIB, digest="ab" * 32)
+    config = pin(VmConfig(image="other", storage=MIB), snapshot, image)
+    assert (config.image, config.storage) == ("trixie", 4 * GIB)
+    assert config.base == BaseImage("ab" * 32, "raw", GIB)
+    assert config.disks == (Disk(name="logs", size=MIB, fstype="ext4"),)
 
 
 def test_what_is_fixed_are_keys():

@@ -7,7 +7,7 @@ import pytest
 
 from agent.model import canonical
 from agent.model.access import Access
-from agent.model.config import Boot, Disk, VmConfig
+from agent.model.config import BaseImage, Boot, Disk, VmConfig
 from agent.model.errors import Invalid, Unsupported
 from agent.model.size import GIB, MIB
 from agent.model.vm import Vm
@@ -86,6 +86,18 @@ def test_disks_have_their_places_serials_and_modes():
         "virtio-blk-pci,drive=disk2,addr=a",
     ]
     assert [bind.source for bind in launch.binds] == ["/srv/base.raw"]
+
+
+def test_an_overlay_is_opened_with_the_base_that_it_is_to_have():
+    base = BaseImage("ab" * 32, "raw", GIB)
+    launch = plan(image="debian", base=base)
+    assert values(launch.arguments, "-drive") == [
+        f"file={canonical.VM}/overlay.qcow2,format=qcow2,if=none,id=disk0,discard=unmap,"
+        "backing.driver=raw,backing.file.driver=file,"
+        f"backing.file.filename=/var/lib/cocoon/cloudimg/blobs/{base.digest}.raw"
+    ]
+    copied = plan(image="debian", base=dataclasses.replace(base, copied=True))
+    assert "cow.raw,format=raw" in values(copied.arguments, "-drive")[0]
 
 
 def test_every_device_has_a_place_of_its_own_on_the_bus():

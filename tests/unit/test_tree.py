@@ -1,6 +1,7 @@
 import os
 import socket
 import stat
+import subprocess
 import threading
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import trio
 
 from agent.model.access import Access
 from agent.model.config import Disk, VmConfig
-from agent.model.errors import Failed, Invalid, Missing, NoSpace, NotPermitted, Unsupported
+from agent.model.errors import Failed, Invalid, Missing, NoSpace, NotPermitted
 from agent.model.size import MIB
 from agent.model.vm import Vm
 from agent.storage.tree import Tree
@@ -100,11 +101,25 @@ async def test_a_start_finds_its_files_and_disks(tree):
     assert facts(f"{run}/environment") == (0, 0, 0o600)
 
 
-async def test_a_disk_that_wants_a_filesystem_is_refused_before_anything_is_made(tree):
-    vm = make_vm(disks=(Disk(name="data", size=MIB, fstype="ext4"),))
-    with pytest.raises(Unsupported, match="makes no filesystems yet"):
-        await tree.prepare_vm(vm, {}, b"")
-    assert os.listdir(tree.vms) == []
+async def test_a_new_disk_gets_its_filesystem_and_an_old_one_keeps_what_is_on_it(tree):
+    vm = make_vm(disks=(Disk(name="data", size=8 * MIB, fstype="ext4"),))
+    await tree.prepare_vm(vm, {}, b"")
+    disk = Path(tree.directory(vm.id), "data-data.raw")
+    assert facts(disk) == (UID, UID, 0o600)
+    assert b"clean" in subprocess.check_output(["dumpe2fs", "-h", disk], stderr=subprocess.DEVNULL)
+    before = disk.read_bytes()
+    await tree.prepare_vm(make_vm(disks=(Disk(name="data", size=9 * MIB, fstype="ext4"),)), {}, b"")
+    assert disk.read_bytes() == before + bytes(MIB)
+
+
+async def test_disks_that_a_vm_has_no_more_are_removed_and_nothing_else(tree):
+    vm = make_vm(storage=MIB, disks=(Disk(name="a", size=MIB), Disk(name="b", size=MIB)))
+    await tree.prepare_vm(vm, {"vm.json": b"{}"}, b"")
+    own = Path(tree.directory(vm.id))
+    (own / "data-link.raw").symlink_to("vm.json")
+    await tree.remove_stale_disks(make_vm(storage=MIB, disks=(Disk(name="b", size=MIB),)))
+    assert sorted(os.listdir(own)) == ["cow.raw", "data-b.raw", "vm.json"]
+    assert (own / "vm.json").read_bytes() == b"{}"
 
 
 async def test_the_next_start_keeps_the_disk_and_renews_the_rest(tree):
