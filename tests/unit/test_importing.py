@@ -11,7 +11,7 @@ import trio.testing
 from archives import firecracker, pack
 
 from agent.index.store import open_index
-from agent.lifecycle import importing
+from agent.lifecycle.archives import Archives
 from agent.lifecycle.importing import Imports
 from agent.model.access import Caller
 from agent.model.errors import NoSpace
@@ -25,9 +25,8 @@ CALLER = Caller(0, 0)
 
 
 @pytest.fixture
-async def services(tmp_path, monkeypatch):
+async def services(tmp_path):
     """What imports use of an agent, its storage and index real."""
-    monkeypatch.setattr(importing, "check_vmstate", lambda state: None)
     tree = Tree(f"{tmp_path}/root", f"{tmp_path}/run")
     await tree.prepare()
     told = []
@@ -36,6 +35,7 @@ async def services(tmp_path, monkeypatch):
             index=index,
             tree=tree,
             snapshots=SnapshotStore(tree),
+            drivers={},
             background=nursery,
             events=SimpleNamespace(happened=lambda kind, record, **_: told.append(kind)),
             reserved=set(),
@@ -64,7 +64,7 @@ async def held_up(monkeypatch, method):
 
 @pytest.mark.parametrize("method", ["feed", "finish"])
 async def test_removing_one_waits_for_the_thread_that_works_on_it(services, monkeypatch, method):
-    arriving = await Imports(services, 0).begin(CALLER, "x.tar")
+    arriving = await Imports(services, Archives(services), 0).begin(CALLER, "x.tar")
     arriving.opened()
     if method == "finish":
         await arriving.write(0, ARCHIVE)
@@ -92,7 +92,7 @@ async def test_removing_one_waits_for_the_thread_that_works_on_it(services, monk
 
 
 async def test_a_renamed_one_that_cannot_be_recorded_leaves_nothing(services, monkeypatch):
-    imports = Imports(services, 0)
+    imports = Imports(services, Archives(services), 0)
     arriving = await imports.begin(CALLER, ".x.tar.abc")
     arriving.opened()
     await arriving.write(0, ARCHIVE)
