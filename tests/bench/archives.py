@@ -55,6 +55,9 @@ def _dense(tar: str, directory: str, size: int, rounds: int) -> Iterator[Row]:
     rates = _in_turn(rounds, copy(tar), copy(stored), remove)
     ours, theirs = _rates(rates, size)
     yield Row("export with cp, beside cp of a file", "MiB/s", ours, theirs, least=0.7)
+    rates = _in_turn(rounds, _synced(copy(tar), target), _synced(copy(stored), target), remove)
+    ours, theirs = _rates(rates, size)
+    yield Row("the same until it is on the disk", "MiB/s", ours, theirs)
 
     imported = f"{product.MOUNT}/snapshots/imported.tar"
 
@@ -69,8 +72,24 @@ def _dense(tar: str, directory: str, size: int, rounds: int) -> Iterator[Row]:
             os.unlink(imported)
         os.sync()
 
-    ours, theirs = _in_turn(rounds, lambda: _run("cp", stored, imported), extract, clear)
+    def take_in() -> None:
+        _run("cp", stored, imported)
+
+    ours, theirs = _in_turn(rounds, take_in, extract, clear)
     yield Row("import with cp, beside tar xf", "s", ours, theirs, most=1.5)
+    # An import is on the disk when cp returns.
+    ours, theirs = _in_turn(rounds, take_in, _synced(extract, target), clear)
+    yield Row("the same until it is on the disk", "s", ours, theirs)
+
+
+def _synced(act: Callable[[], None], target: str) -> Callable[[], None]:
+    """Do `act`, and wait until what it wrote to the filesystem of `target` is on the disk."""
+
+    def both() -> None:
+        act()
+        _run("sync", "--file-system", target)
+
+    return both
 
 
 @contextmanager
