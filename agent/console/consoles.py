@@ -273,9 +273,9 @@ class _Console:
         await self._pump_ended.wait()
         # The VMM has ended, so all that it said is there: what the FIFO holds and no more.
         rest = CAPACITY
-        while rest > 0 and self.fifos is not None and (data := self.fifos.read(READ_SIZE)):
-            rest -= len(data)
-            await self._deliver(data)
+        while rest > 0 and self.fifos is not None:
+            size = await self._deliver(self.fifos)
+            rest = rest - size if size else 0
         self.release()
         await self.log.close()
 
@@ -325,25 +325,36 @@ class _Console:
                     quiet = trio.current_time() - asleep >= LONGEST_PAUSE
                     pause = SHORTEST_PAUSE if quiet else min(2 * pause, LONGEST_PAUSE)
                     await trio.sleep(pause)
-                    if data := fifos.read(READ_SIZE):
-                        # What has left the FIFO is nowhere else until it is in the log.
-                        with trio.CancelScope(shield=True):
-                            await self._deliver(data)
+                    # What has left the FIFO is nowhere else until it is in the log.
+                    with trio.CancelScope(shield=True):
+                        await self._deliver(fifos)
         except trio.ClosedResourceError:
             pass  # released: the agent is leaving
         finally:
             ended.set()
 
-    async def _deliver(self, data: bytes) -> None:
+    async def _deliver(self, fifos: Fifos) -> int:
+        """Give on what there is, some at a time; return how many bytes it was."""
+        data = b""
+
+        def read() -> bytes:
+            nonlocal data
+            data = fifos.read(READ_SIZE)
+            return data
+
         try:
-            await self.log.append(data)
+            await self.log.append_from(read)
             self._log_failed = False
         except OSError as error:
             if not self._log_failed:
                 _logger.warning("console log of %s: output is lost: %s", self.vm_id, error)
             self._log_failed = True
-        self.fanout.publish(data)
-        self._to_journal(self._lines.feed(data, trio.current_time()))
+            if not data:  # the log could not even be opened: whoever watches gets it all the same
+                read()
+        if data:
+            self.fanout.publish(data)
+            self._to_journal(self._lines.feed(data, trio.current_time()))
+        return len(data)
 
     def _to_journal(self, lines: list[str]) -> None:
         if self.is_open and not self._main_pid:

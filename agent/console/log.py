@@ -62,8 +62,19 @@ class BoundedLog:
         caller that publishes it next does both in one step. Raises OSError (a full disk, say); what
         fitted of `data` may then be in the log.
         """
+        await self.append_from(lambda: data)
+
+    async def append_from(self, read: Callable[[], bytes]) -> None:
+        """Add what `read` returns, as `append` does.
+
+        A little of it is in the log with no checkpoint since it was read: an agent that is killed
+        has nothing in its hands that is neither at its source any more nor here.
+        """
         async with self._appending:
             await self._open()
+            data = read()
+            if not data:
+                return
             if self._size + len(data) > self._limit:
                 old = self._fd
                 self._fd, self._size = await self._in_thread(self._halve, data)

@@ -450,18 +450,18 @@ async def test_a_full_disk_costs_the_log_and_no_more(
         await consoles.open(VM)
         guest = place.guest()
         log = consoles.log(VM.id)
-        real = type(log).append
+        real = type(log).append_from
 
         async def full(*_: object) -> None:
             raise OSError(28, "No space left on device")
 
         async with consoles.live(VM.id) as stream:
             with monkeypatch.context() as patch:
-                patch.setattr(type(log), "append", full)
+                patch.setattr(type(log), "append_from", full)
                 for text in (b"one\n", b"two\n"):
                     guest.say(text)
                     assert await read_until(stream, b"\n") == text
-            assert type(log).append is real
+            assert type(log).append_from is real
             guest.say(b"three\n")
             assert await read_until(stream, b"\n") == b"three\n"
         assert await whole_log(consoles) == b"three\n"
