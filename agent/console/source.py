@@ -65,7 +65,9 @@ class Fifos:
         await trio.lowlevel.wait_readable(self._output)
 
     def read(self, size: int) -> bytes:
-        """Return up to `size` bytes of output, b"" when there is none now."""
+        """Return up to `size` bytes of output, b"" when there is none now, or after `close`."""
+        if self._output < 0:
+            return b""
         try:
             return os.read(self._output, size)
         except BlockingIOError:

@@ -48,6 +48,14 @@ async def test_the_fifos_and_their_directory_are_roots_alone(directory: Path, fi
         assert stat.S_IMODE(found.st_mode) == 0o600
 
 
+async def test_nothing_is_read_once_they_are_closed(directory: Path) -> None:
+    fifos = Fifos(str(directory))
+    _, stdout = _vmm(directory)
+    os.write(stdout, b"output")
+    fifos.close()
+    assert fifos.read(100) == b""
+
+
 async def test_a_start_finds_both_ends_open_and_data_passes_both_ways(
     directory: Path, fifos: Fifos
 ) -> None:
