@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -169,10 +170,12 @@ class Vm:
 
     @property
     def counts(self) -> list[int]:
-        """The counter lines that the console's log holds whole."""
-        lines = (self.path / "console").read_bytes().split(b"\n")[:-1]
-        words = [line.split() for line in lines]
-        return [int(word[1]) for word in words if len(word) == 2 and word[0] == b"count"]
+        """The counts that the console's log holds whole.
+
+        One may stand behind half a line of a guest that was killed in the middle of it.
+        """
+        log = (self.path / "console").read_bytes()
+        return [int(count) for count in re.findall(rb"count (\d+)\r?\n", log)]
 
     def read(self, name: str) -> str:
         return (self.path / name).read_text().removesuffix("\n")
