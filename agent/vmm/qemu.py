@@ -202,8 +202,7 @@ class QemuVmm:
             # QEMU saves a guest once each time that it has stopped.
             await self._qmp.execute("cont", timeout=timeout)
             await self._qmp.execute("stop", timeout=timeout)
-        await self._prepare(timeout)
-        kvm = await self._has_kvm(timeout)
+        kvm = await self._prepare(timeout)
         file = await _in_thread(create_state, self._directory, _below(state))
         try:
             await self._hand_over(file, timeout)
@@ -228,8 +227,7 @@ class QemuVmm:
         timeout: float = 60,
     ) -> None:
         """Load a snapshot, whose memory this QEMU was started with; see Vmm."""
-        await self._prepare(timeout)
-        kvm = await self._has_kvm(timeout)
+        kvm = await self._prepare(timeout)
         file = await _in_thread(open_state, self._directory, _below(state), kvm=kvm)
         try:
             await self._hand_over(file, timeout)
@@ -246,19 +244,20 @@ class QemuVmm:
                 return status
         raise Failed("QEMU described its state in a way that is unknown")
 
-    async def _has_kvm(self, timeout: float) -> bool:
-        match await self._qmp.execute("query-kvm", timeout=timeout):
+    async def _prepare(self, timeout: float) -> bool:
+        """Make ready to save or load the guest; return whether it runs on KVM."""
+        # Memory in a file stays out of the stream; and tell when it is done.
+        wanted = [{"capability": name, "state": True} for name in ("x-ignore-shared", "events")]
+        *_, found = await self._qmp.execute_all(
+            ("migrate-set-capabilities", {"capabilities": wanted}),
+            ("migrate-set-parameters", {"max-bandwidth": _BANDWIDTH}),
+            ("query-kvm", {}),
+            timeout=timeout,
+        )
+        match found:
             case {"enabled": bool(enabled)}:
                 return enabled
         raise Failed("QEMU described what runs its guest in a way that is unknown")
-
-    async def _prepare(self, timeout: float) -> None:
-        # Memory in a file stays out of the stream; and tell when it is done.
-        wanted = [{"capability": name, "state": True} for name in ("x-ignore-shared", "events")]
-        capabilities = {"capabilities": wanted}
-        await self._qmp.execute("migrate-set-capabilities", capabilities, timeout=timeout)
-        parameters = {"max-bandwidth": _BANDWIDTH}
-        await self._qmp.execute("migrate-set-parameters", parameters, timeout=timeout)
 
     async def _hand_over(self, file: int, timeout: float) -> None:
         await self._qmp.execute("getfd", {"fdname": _STREAM}, descriptor=file, timeout=timeout)

@@ -10,7 +10,7 @@ import array
 import json
 import socket
 from collections import deque
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -141,18 +141,18 @@ class QmpConnection:
         Raises Failed with QEMU's own message when it refuses, or when it is gone, and TimedOut
         after `timeout` seconds. What the command does then is unknown, others may follow.
         """
-        try:
-            with trio.fail_after(timeout):
-                async with self._turn:
-                    if self._socket is None:
-                        await self._begin()
-                    return await self._execute(command, arguments or {}, descriptor)
-        except trio.TooSlowError:
-            raise TimedOut(f"{self._name} did not answer {command} within {timeout:g} s") from None
-        except OSError as error:
-            raise Failed(f"{self._name} broke off during {command}: {error.strerror}") from None
-        except ValueError as error:
-            raise Failed(f"{self._name} answered {command} with {error}") from None
+        (value,) = await self._converse([(command, arguments or {})], descriptor, timeout)
+        return value
+
+    async def execute_all(
+        self, *commands: tuple[str, Mapping[str, Any]], timeout: float
+    ) -> list[Any]:
+        """Return what each of the commands returns; all are sent at once.
+
+        Raises as `execute` does, for the first that fails; those after it are executed all the
+        same.
+        """
+        return await self._converse(commands, None, timeout)
 
     async def wait_for(self, name: str, key: str, values: Collection[Any], timeout: float) -> Any:
         """Return the value of `key` in the next event `name` in which it is one of `values`.
@@ -183,11 +183,31 @@ class QmpConnection:
         if self._socket is not None:
             self._socket.close()
 
+    async def _converse(
+        self,
+        commands: Sequence[tuple[str, Mapping[str, Any]]],
+        descriptor: int | None,
+        timeout: float,
+    ) -> list[Any]:
+        what = ", ".join(command for command, _ in commands)
+        try:
+            with trio.fail_after(timeout):
+                async with self._turn:
+                    if self._socket is None:
+                        await self._begin()
+                    return await self._execute(commands, descriptor)
+        except trio.TooSlowError:
+            raise TimedOut(f"{self._name} did not answer {what} within {timeout:g} s") from None
+        except OSError as error:
+            raise Failed(f"{self._name} broke off during {what}: {error.strerror}") from None
+        except ValueError as error:
+            raise Failed(f"{self._name} answered {what} with {error}") from None
+
     async def _begin(self) -> None:
         self._socket = await self._connect()
         while not isinstance(await self._receive(), Greeting):
             pass
-        await self._execute("qmp_capabilities", {}, None)
+        await self._execute([("qmp_capabilities", {})])
 
     async def _connect(self) -> trio.socket.SocketType:
         began = trio.current_time()
@@ -205,17 +225,22 @@ class QmpConnection:
             await trio.sleep(_LOOK)
 
     async def _execute(
-        self, command: str, arguments: Mapping[str, Any], descriptor: int | None
-    ) -> Any:
-        self._number += 1
-        await self._send(show_command(self._number, command, arguments), descriptor)
+        self, commands: Sequence[tuple[str, Mapping[str, Any]]], descriptor: int | None = None
+    ) -> list[Any]:
+        numbered = list(enumerate(commands, self._number + 1))
+        self._number += len(numbered)
+        lines = [show_command(number, *command) for number, command in numbered]
+        await self._send(b"".join(lines), descriptor)
+        return [await self._reply(number, command) for number, (command, _) in numbered]
+
+    async def _reply(self, expected: int, command: str) -> Any:
         while True:
             match await self._receive():
                 case Event() as event:
                     self._events.append(event)
-                case Reply(self._number, value):
+                case Reply(number, value) if number == expected:
                     return value
-                case Refusal(number, message) if number in (self._number, None):
+                case Refusal(number, message) if number in (expected, None):
                     raise Failed(f"{self._name} refused {command}: {message}")
                 # Else the answer to a command that nobody waits for any more.
 

@@ -48,6 +48,9 @@ class Qmp:
                 os.close(self.descriptor)
         return {}
 
+    async def execute_all(self, *commands, timeout):
+        return [await self.execute(*command, timeout=timeout) for command in commands]
+
     async def wait_for(self, name, key, values, timeout):
         assert (name, key) == ("MIGRATION", "status")
         assert self.outcome in values

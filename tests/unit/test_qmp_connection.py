@@ -103,6 +103,18 @@ async def test_a_refusal_has_qemus_own_words(peer, qmp):
         await qmp.execute("cont", timeout=5)
 
 
+async def test_commands_that_go_together_are_answered_one_by_one(peer, qmp):
+    peer.answers["stop"] = lambda number: [{"event": "STOP"}, {"return": {}, "id": number}]
+    peer.answers["query-kvm"] = lambda number: [{"return": {"enabled": True}, "id": number}]
+    peer.answers["bad"] = lambda number: [{"error": {"desc": "No"}, "id": number}]
+    together = (("stop", {}), ("query-kvm", {}))
+    assert await qmp.execute_all(*together, timeout=5) == [{}, {"enabled": True}]
+    with pytest.raises(Failed, match="QEMU refused bad: No"):
+        await qmp.execute_all(("bad", {}), *together, timeout=5)
+    # What was answered beyond that is nobody's.
+    assert await qmp.execute("query-kvm", timeout=5) == {"enabled": True}
+
+
 async def test_a_command_that_is_never_answered_times_out_and_the_next_is_understood(peer, qmp):
     late = []
 
