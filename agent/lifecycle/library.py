@@ -122,7 +122,9 @@ def describe(snapshot: Snapshot) -> dict[str, Any]:
         "image_digest": snapshot.image_digest,
         "source_vm_id": snapshot.source_vm_id,
         "pause_ms": snapshot.pause_ms,
-        "boots_cold": bool(snapshot.kernel),
+        # QEMU boots the image where no kernel was named.
+        "boots_cold": bool(snapshot.kernel)
+        or (snapshot.hypervisor == "qemu" and bool(snapshot.image_digest)),
         "files": {file.name: file.size for file in snapshot.files},
         "archive_size": snapshot.archive_size,
         "owner": {"uid": access.uid, "gid": access.gid, "mode": f"{access.mode:04o}"},

@@ -193,6 +193,8 @@ def _base_binds(vm: Vm, path: str) -> Iterator[Bind]:
 
 async def _store_boot_files(services: Services, vm: Vm) -> BootFiles:
     boot = vm.config.boot
+    if vm.config.is_disk_boot and _has_firmware(services, vm):
+        return BootFiles()
     if boot is None and vm.from_snapshot:
         raise Missing(
             f"VM {vm.name} came from a snapshot without its kernel, so it cannot boot again: write "
@@ -204,6 +206,13 @@ async def _store_boot_files(services: Services, vm: Vm) -> BootFiles:
             "kernel from the agent's boot directory"
         )
     return await services.kernels.store(boot, before=vm.booted)
+
+
+def _has_firmware(services: Services, vm: Vm) -> bool:
+    """Whether a backend that may run the VM boots disks."""
+    named = services.drivers.get(vm.config.hypervisor)
+    drivers = [named] if named else services.drivers.values()
+    return any(driver.capabilities.disk_boot for driver in drivers)
 
 
 async def _boot_binds(services: Services, vm: Vm) -> tuple[Bind, ...]:

@@ -108,6 +108,15 @@ class VmConfig:
         return self.max_memory or self.memory
 
     @property
+    def is_disk_boot(self) -> bool:
+        """Whether what boots, with no kernel named, can only be on a disk that came from elsewhere.
+
+        That is an image or a disk of the host; those that the agent makes hold no system.
+        """
+        given = self.base is not None or any(disk.is_host_path for disk in self.disks)
+        return self.boot is None and given
+
+    @property
     def own_size(self) -> int:
         """Bytes that the VM's own writable disk has, 0 for none."""
         return self.storage or (self.base.size if self.base else 0)

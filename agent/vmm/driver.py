@@ -31,7 +31,8 @@ class Version:
 class Capabilities:
     """What a backend can do; the README's table is made from these.
 
-    With `elf_kernel` it boots no bzImage: `canonical.KERNEL` must be the ELF that is packed in it.
+    With `disk_boot` it has a firmware of its own, which boots a disk where no kernel is named. With
+    `elf_kernel` it boots no bzImage: `canonical.KERNEL` must be the ELF that is packed in it.
     With `qcow2` it has disks in that format too, not only raw ones.
     """
 
@@ -42,6 +43,7 @@ class Capabilities:
     disk_serials: bool = False
     qcow2: bool = False
     first_boot_seed: bool = False
+    disk_boot: bool = False
     elf_kernel: bool = False
 
 

@@ -68,7 +68,9 @@ class Qemu:
     """The driver; `path` names the program where it is not on root's PATH."""
 
     name = "qemu"
-    capabilities = Capabilities(snapshot=True, disk_serials=True, qcow2=True, first_boot_seed=True)
+    capabilities = Capabilities(
+        snapshot=True, disk_serials=True, qcow2=True, first_boot_seed=True, disk_boot=True
+    )
 
     def __init__(self, path: str = "", *, accelerated: bool | None = None) -> None:
         """`accelerated` says whether guests run on KVM; None asks it, once."""
@@ -95,20 +97,17 @@ class Qemu:
     def plan(self, vm: Vm, version: Version, *, loads: bool = False) -> LaunchPlan:
         """Return what to launch for `vm`; see Driver."""
         config = vm.config
-        boot = config.boot
-        if boot is None:
-            raise Invalid('there is nothing to boot: write {"kernel": …} to boot')
+        if config.boot is None and not config.is_disk_boot and not loads:
+            raise Invalid('there is nothing to boot: write {"kernel": …} to boot, or set image')
         _check_possible(config)
-        kernel = ["-kernel", canonical.KERNEL, "-append", boot.cmdline or DEFAULT_CMDLINE]
-        if boot.initrd:
-            kernel += ["-initrd", canonical.INITRD]
+        boot = _boot(config)
         accelerator = "/dev/kvm" if self._kvm else None
         return LaunchPlan(
             binary=version.binary,
             arguments=(*self._machine(vm), *_devices(vm)),
-            boot_arguments=tuple(kernel),
+            boot_arguments=boot,
             # With a kernel here too: the option ROM that boots it is a part of the machine.
-            load_arguments=(*kernel, "-incoming", "defer"),
+            load_arguments=(*boot, "-incoming", "defer"),
             files={},
             memory=config.memory + config.memory // 64 + _OWN_MEMORY,
             binds=host_disk_binds(config),
@@ -282,6 +281,16 @@ def _below(path: str) -> str:
     return os.path.relpath(path, canonical.VM)
 
 
+def _boot(config: VmConfig) -> tuple[str, ...]:
+    """Return what boots the kernel, or else a disk; nothing where neither can be booted."""
+    boot = config.boot
+    if boot is None:
+        # What is on the disks is looked through in their order, and nothing but them.
+        return ("-boot", "strict=on") if config.is_disk_boot else ()
+    initrd = ("-initrd", canonical.INITRD) if boot.initrd else ()
+    return ("-kernel", canonical.KERNEL, "-append", boot.cmdline or DEFAULT_CMDLINE, *initrd)
+
+
 def _devices(vm: Vm) -> list[str]:
     """Return the devices; a snapshot relies on the place of each."""
     words = [
@@ -293,11 +302,12 @@ def _devices(vm: Vm) -> list[str]:
         *("-device", "vmgenid,guid=auto"),
     ]
     for index, drive in enumerate(drives(vm.config, seed=bool(vm.seed))):
-        words += _disk(index, drive, _SEED if drive == SEED_DRIVE else _FIRST_DISK + index)
+        slot = _SEED if drive == SEED_DRIVE else _FIRST_DISK + index
+        words += _disk(index, drive, slot, boots=vm.config.is_disk_boot and drive != SEED_DRIVE)
     return words
 
 
-def _disk(index: int, drive: Drive, slot: int) -> list[str]:
+def _disk(index: int, drive: Drive, slot: int, *, boots: bool) -> list[str]:
     options = f"file={drive.path},format={drive.format},if=none,id=disk{index}"
     options += ",readonly=on" if drive.readonly else ",discard=unmap"
     if drive.backing is not None:
@@ -306,14 +316,17 @@ def _disk(index: int, drive: Drive, slot: int) -> list[str]:
         options += f",backing.file.filename={drive.backing.path}"
     device = f"virtio-blk-pci,drive=disk{index},addr={slot:x}"
     device += f",serial={drive.serial}" if drive.serial else ""
+    device += f",bootindex={index + 1}" if boots else ""
     return ["-drive", options, "-device", device]
 
 
 def _check_possible(config: VmConfig) -> None:
     """Raise Unsupported for what this backend does not do."""
-    assert config.boot is not None
-    if config.boot.firmware:
-        raise Unsupported("QEMU VMs boot no firmware yet: boot a kernel")
+    if config.boot is not None and config.boot.firmware:
+        raise Unsupported(
+            "QEMU VMs have a BIOS of their own and take no other firmware: write null to boot, and "
+            "it boots the image, or name a kernel"
+        )
     if config.most_cpu > config.cpu:
         raise Unsupported(
             f"QEMU VMs get no CPUs later (max_cpu {config.max_cpu}, cpu {config.cpu}): "

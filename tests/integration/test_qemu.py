@@ -327,6 +327,46 @@ def test_the_same_kernel_is_firecrackers_too_unpacked_once(agent, linux, make_vm
     assert hashlib.sha256(image).hexdigest() in next(iter(unpacked))[0].name
 
 
+def test_an_image_boots_by_itself_where_no_kernel_is_named(
+    agent, make_vm, name, vm_name, tmp_path, until
+):
+    source = Path(__file__).parents[1] / "guest/bootsector.S"
+    raw, image = tmp_path / "raw", agent.mount / "images" / vm_name()
+    words = ["gcc", "-nostdlib", "-static", "-m32", "-Wl,-Ttext=0x7c00,--oformat=binary"]
+    subprocess.run([*words, "-Wl,--build-id=none", source, "-o", raw], check=True, timeout=60)
+    os.truncate(raw, 1 << 20)
+    words = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, tmp_path / "qcow2"]
+    subprocess.run(words, check=True, timeout=60)
+    shutil.copyfile(tmp_path / "qcow2", image)
+    vms = [make_vm(hypervisor="auto", boot=None, image=image.name, restart="on-failure")]
+    vms[0].verb("start")
+    assert json.loads(vms[0].read("info.json"))["hypervisor"] == "qemu"
+    vms[0].wait_counting()
+    vms[0].write("snapshot", name)
+    assert described(agent, name)["boots_cold"]
+    vms.append(make_vm(hypervisor=None, memory=None, boot=None, stop_timeout=1))
+    vms[1].write("from", name)
+    vms[1].verb("start")
+    vms[1].wait_counting()
+    assert 1 < vms[1].counts[0] <= vms[0].counts[-1] + 1
+    vms[1].verb("stop")
+    vms[1].verb("start")
+    until(lambda: 1 in vms[1].counts, what="it boots from its disk")
+    vms[0].write("restore", name)
+    vms[0].wait_counting()
+    pid = vms[0].pid
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: vms[0].counts.count(1) == 2, what="systemd has it boot again")
+    # No other backend does it.
+    vms.append(make_vm(hypervisor="firecracker", boot=None, image=image.name))
+    with refused(errno.EINVAL):
+        vms[2].verb("start")
+    for vm in vms:
+        vm.remove()
+    archive(agent, name).unlink()
+    image.unlink()
+
+
 def test_a_vmm_that_dies_is_started_again_and_boots(agent, make_vm, until):
     vm = make_vm(hypervisor="qemu", restart="on-failure")
     vm.verb("start")

@@ -148,10 +148,32 @@ def test_what_it_does_not_do_is_refused_by_name(config, words):
         plan(**config)
 
 
-@pytest.mark.parametrize("loads", [False, True])
-def test_without_a_kernel_there_is_no_machine(loads):
+@pytest.mark.parametrize("disks", [(), (Disk(name="data", size=MIB),)])
+def test_without_a_kernel_a_disk_that_the_agent_made_is_not_booted(disks):
     with pytest.raises(Invalid, match="nothing to boot"):
-        plan(boot=None, loads=loads)
+        plan(boot=None, storage=GIB, disks=disks)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"base": BaseImage("c" * 64, "qcow2", GIB), "image": "debian"},
+        {"disks": (Disk(path="/srv/disk"),)},
+    ],
+)
+def test_without_a_kernel_the_bios_boots_an_image_or_a_disk_of_the_host(config):
+    booted, loading = plan(boot=None, **config), plan(boot=None, loads=True, **config)
+    assert booted.boot_arguments == ("-boot", "strict=on")
+    assert loading.load_arguments == ("-boot", "strict=on", "-incoming", "defer")
+    assert booted.arguments == loading.arguments
+    (disk,) = [word for word in values(booted.arguments, "-device") if "blk" in word]
+    assert disk == "virtio-blk-pci,drive=disk0,addr=8,bootindex=1"
+    assert not any("bootindex" in word for word in plan(**config).arguments)
+
+
+def test_a_snapshot_without_a_kernel_is_loaded_and_has_nothing_to_boot_with():
+    launch = plan(boot=None, loads=True, storage=GIB)
+    assert (launch.boot_arguments, launch.load_arguments) == ((), ("-incoming", "defer"))
 
 
 @pytest.mark.anyio
