@@ -14,8 +14,10 @@ from agent.model.vm import Vm
 
 from . import journal
 from .fanout import ByteStream, Fanout
+from .inherited import Inherited
 from .journal import Journal, LineCutter
 from .log import LIMIT, BoundedLog
+from .serial import SerialSocket
 from .sockets import ConsoleSocket
 from .source import CAPACITY, NOTIFY_SOCKET, Fifos, remove_fifos
 
@@ -29,7 +31,12 @@ READ_SIZE: Final = 64 * 1024
 SHORTEST_PAUSE: Final = 0.005
 LONGEST_PAUSE: Final = 0.05
 """Seconds between reads of one console: with READ_SIZE, no guest gets more than 1.3 MB/s read."""
+HANG_UP_LIMIT: Final = 1.0
+"""Seconds that a VMM has to end the connection of an agent that leaves."""
 _THREADS: Final = 2
+
+Source = Fifos | SerialSocket
+"""Where a VM's output comes from: standard streams, or a socket that its VMM makes."""
 
 _logger = logging.getLogger(__name__)
 
@@ -38,7 +45,7 @@ class Consoles:
     """The consoles of all VMs, by VM id.
 
     `run_dir` holds a directory a VM, root's alone, for the FIFOs, and `console/` for the sockets;
-    both it and `log_dir` must exist. A VM that runs has an open console: two FIFOs, a socket, its
+    both it and `log_dir` must exist. A VM that runs has an open console: its source, a socket, its
     log's descriptor and a pump. Any other VM has a file.
     """
 
@@ -50,12 +57,14 @@ class Consoles:
         log_limit: int = LIMIT,
         notify_socket: str = NOTIFY_SOCKET,
         journal_socket: str = journal.SOCKET,
+        inherited: Inherited | None = None,
     ) -> None:
         self._run_dir = run_dir
         self._log_dir = log_dir
         self._log_limit = log_limit
         self._notify_socket = notify_socket
         self._journal = Journal(journal_socket)
+        self._inherited = inherited or Inherited({})
         self._threads = trio.CapacityLimiter(_THREADS)
         self._consoles: dict[str, _Console] = {}
         self._nursery: trio.Nursery | None = None
@@ -64,7 +73,7 @@ class Consoles:
         """Own the tasks of all consoles until cancelled; call `open` once this has started.
 
         Sockets that an earlier agent left go first. At the end, streams and clients end, and what
-        the guests write from then on stays in the FIFOs.
+        the guests write from then on waits for the next agent.
         """
         self._clear_sockets()
         try:
@@ -77,16 +86,16 @@ class Consoles:
             self._nursery = None
             with trio.CancelScope(shield=True):
                 for console in list(self._consoles.values()):
-                    console.release()
+                    await console.leave()
                     console.fanout.close()
                     await console.log.close()
             self._journal.close()
 
-    async def open(self, vm: Vm) -> None:
-        """Make the console ready for a start of `vm`: FIFOs, socket, pump; raises CocoonError.
+    async def open(self, vm: Vm, *, serial_socket: bool = False) -> None:
+        """Make the console ready for a start of `vm`: source, socket, pump; raises CocoonError.
 
-        Without it systemd would wait for ever in opening the FIFOs. A console that is open stays as
-        it is.
+        Without it systemd would wait for ever in opening the FIFOs; with `serial_socket` there are
+        none, and the VMM makes a socket. A console that is open stays as it is.
         """
         with self._using(vm.id) as console:
             if console.is_open:
@@ -98,21 +107,23 @@ class Consoles:
                 await console.log.close()
                 raise Invalid(f"console of {vm.name}: the agent is not up yet, or leaving")
             try:
-                console.open(vm, self._run_directory(vm.id), self.socket_path(vm.id), self._nursery)
+                run = self._run_directory(vm.id)
+                source = SerialSocket(run, vm, self._inherited) if serial_socket else Fifos(run)
+                console.open(vm, source, run, self.socket_path(vm.id), self._nursery)
             except BaseException:
                 await console.log.close()
                 raise
 
     async def keep(self, vm: Vm, main_pid: int) -> None:
-        """Give the FIFOs to the unit of the started VMM, which keeps them without the agent.
+        """Give the source to the unit of the started VMM, which keeps it without the agent.
 
         Idempotent. Raises Failed or TimedOut when systemd cannot be told.
         """
         console = self._consoles.get(vm.id)
-        if console is None or console.fifos is None:
+        if console is None or console.source is None:
             raise Invalid(f"console of {vm.name}: it is not open")
         self.speak_for(vm, main_pid)
-        await console.fifos.keep(main_pid, self._notify_socket)
+        await console.source.keep(main_pid, self._notify_socket)
 
     def speak_for(self, vm: Vm, main_pid: int) -> None:
         """Log to the journal in the name of the VMM's process, as its unit's; `keep` does it too.
@@ -235,7 +246,7 @@ class _Console:
         self.vm_id = vm_id
         self.log = log
         self.fanout = Fanout()
-        self.fifos: Fifos | None = None
+        self.source: Source | None = None
         self.socket: ConsoleSocket | None = None
         self.users = 0
         self._journal = to_journal
@@ -249,35 +260,47 @@ class _Console:
 
     @property
     def is_open(self) -> bool:
-        return self.fifos is not None
+        return self.source is not None
 
-    def open(self, vm: Vm, directory: str, socket_path: str, nursery: trio.Nursery) -> None:
-        fifos = Fifos(directory)
+    def open(
+        self, vm: Vm, source: Source, directory: str, socket_path: str, nursery: trio.Nursery
+    ) -> None:
         try:
             self.socket = ConsoleSocket(socket_path, directory, vm.access)
         except BaseException:
-            fifos.close()
+            source.close()
             raise
-        self.fifos = fifos
+        self.source = source
         self._fields = journal.vm_fields(vm)
         self._lines = LineCutter(trio.current_time())
         self._pumping = trio.CancelScope()
         self._pump_ended = trio.Event()
-        nursery.start_soon(self._pump, fifos, self._pumping, self._pump_ended)
+        nursery.start_soon(self._pump, source, self._pumping, self._pump_ended)
         nursery.start_soon(self.socket.serve, self.fanout, self.write)
 
     async def close(self) -> None:
-        if self.fifos is None or self.socket is None:
+        if self.source is None or self.socket is None:
             return
         self._pumping.cancel()
         await self._pump_ended.wait()
         # The VMM has ended, so all that it said is there: what the FIFO holds and no more.
         rest = CAPACITY
-        while rest > 0 and self.fifos is not None:
-            size = await self._deliver(self.fifos)
+        while rest > 0 and self.source is not None:
+            size = await self._deliver(self.source)
             rest = rest - size if size else 0
         self.release()
         await self.log.close()
+
+    async def leave(self) -> None:
+        """Let go of a console whose VM goes on."""
+        if isinstance(self.source, SerialSocket):
+            self.source.hang_up()
+            # Until the connection has ended: then there is no more to wait for.
+            with trio.move_on_after(HANG_UP_LIMIT), contextlib.suppress(trio.ClosedResourceError):
+                while True:
+                    await self.source.wait()
+                    await self._deliver(self.source)
+        self.release()
 
     def speak_for(self, main_pid: int) -> None:
         """Log to the journal in the name of this process, what was held until it is known first."""
@@ -288,9 +311,9 @@ class _Console:
     def release(self) -> None:
         """Let go of the source and the socket at once; what is unread stays where it is."""
         self._pumping.cancel()
-        if self.fifos is not None:
-            self.fifos.close()
-            self.fifos = None
+        if self.source is not None:
+            self.source.close()
+            self.source = None
             self._to_journal(self._lines.finish(trio.current_time()))
             self._main_pid = 0
         if self.socket is not None:
@@ -298,17 +321,17 @@ class _Console:
             self.socket = None
 
     async def write(self, data: bytes) -> int:
-        if self.fifos is None:
+        if self.source is None:
             raise Invalid("nothing reads the console: the VM has no process; start it first")
         try:
-            written = await self.fifos.write(data, WRITE_TIMEOUT)
+            written = await self.source.write(data, WRITE_TIMEOUT)
         except trio.ClosedResourceError:
             raise Invalid("nothing reads the console any more: the VM has stopped") from None
         if data and not written:
             raise TimedOut(f"the guest did not read its console for {WRITE_TIMEOUT:g} s")
         return written
 
-    async def _pump(self, fifos: Fifos, pumping: trio.CancelScope, ended: trio.Event) -> None:
+    async def _pump(self, source: Source, pumping: trio.CancelScope, ended: trio.Event) -> None:
         """Read output as it comes; an idle guest costs nothing.
 
         VMMs write byte by byte. A pause before each read gathers a line or a screen into one turn,
@@ -321,25 +344,25 @@ class _Console:
             with pumping:
                 while True:
                     asleep = trio.current_time()
-                    await fifos.wait()
+                    await source.wait()
                     quiet = trio.current_time() - asleep >= LONGEST_PAUSE
                     pause = SHORTEST_PAUSE if quiet else min(2 * pause, LONGEST_PAUSE)
                     await trio.sleep(pause)
                     # What has left the FIFO is nowhere else until it is in the log.
                     with trio.CancelScope(shield=True):
-                        await self._deliver(fifos)
+                        await self._deliver(source)
         except trio.ClosedResourceError:
             pass  # released: the agent is leaving
         finally:
             ended.set()
 
-    async def _deliver(self, fifos: Fifos) -> int:
+    async def _deliver(self, source: Source) -> int:
         """Give on what there is, some at a time; return how many bytes it was."""
         data = b""
 
         def read() -> bytes:
             nonlocal data
-            data = fifos.read(READ_SIZE)
+            data = source.read(READ_SIZE)
             return data
 
         try:

@@ -14,6 +14,7 @@ import os
 import socket
 import stat
 import struct
+from collections.abc import Sequence
 from typing import Final
 
 import trio
@@ -41,7 +42,7 @@ class Fifos:
         The directory is made 0700 and the user's own; what stands there in a FIFO's place goes.
         """
         try:
-            folder = _open_private_directory(directory)
+            folder = ensure_private(directory)
             try:
                 self._input = _open_fifo(folder, INPUT)
                 try:
@@ -98,27 +99,16 @@ class Fifos:
         the FIFOs from then on. May be repeated: what the unit kept before is replaced. Raises
         Failed, or TimedOut when systemd does not take the messages.
         """
-        try:
-            with trio.fail_after(KEEP_TIMEOUT), _connected(notify_socket) as notify:
-                credentials = struct.pack("3i", main_pid, os.geteuid(), os.getegid())
-                # Without this, what an earlier agent stored would fill the store.
-                remove = b"FDSTOREREMOVE=1\nFDNAME=console"
-                await _send(notify, remove, [_credentials(credentials)])
-                with contextlib.ExitStack() as opened:
-                    own = []
-                    for fd in (self._input, self._output):
-                        own.append(_reopen(fd))
-                        opened.callback(os.close, own[-1])
-                    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("2i", *own))
-                    store = b"FDSTORE=1\nFDNAME=console"
-                    await _send(notify, store, [_credentials(credentials), rights])
-        except trio.TooSlowError:
-            raise TimedOut(f"systemd did not take the console of process {main_pid}") from None
-        except ProcessLookupError:
-            return  # The process has ended, and what kept its console would have gone with it.
-        except OSError as error:
-            reason = error.strerror or error
-            raise Failed(f"giving the console to process {main_pid} failed: {reason}") from error
+        with contextlib.ExitStack() as opened:
+            own = []
+            try:
+                for fd in (self._input, self._output):
+                    own.append(_reopen(fd))
+                    opened.callback(os.close, own[-1])
+            except OSError as error:
+                reason = error.strerror or error
+                raise Failed(f"opening the console of process {main_pid}: {reason}") from error
+            await store_descriptors(main_pid, own, notify_socket)
 
     def close(self) -> None:
         """Let go of the FIFOs, which stay in the directory; may be called twice."""
@@ -129,6 +119,26 @@ class Fifos:
         self._input = self._output = -1
 
 
+async def store_descriptors(main_pid: int, own: Sequence[int], notify_socket: str) -> None:
+    """Put `own` into the fd store of the unit of `main_pid`; see `Fifos.keep`."""
+    try:
+        with trio.fail_after(KEEP_TIMEOUT), _connected(notify_socket) as notify:
+            credentials = struct.pack("3i", main_pid, os.geteuid(), os.getegid())
+            # Without this, what an earlier agent stored would fill the store.
+            remove = b"FDSTOREREMOVE=1\nFDNAME=console"
+            await _send(notify, remove, [_credentials(credentials)])
+            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(own)}i", *own))
+            store = b"FDSTORE=1\nFDNAME=console"
+            await _send(notify, store, [_credentials(credentials), rights])
+    except trio.TooSlowError:
+        raise TimedOut(f"systemd did not take the console of process {main_pid}") from None
+    except ProcessLookupError:
+        return  # The process has ended, and what kept its console would have gone with it.
+    except OSError as error:
+        reason = error.strerror or error
+        raise Failed(f"giving the console to process {main_pid} failed: {reason}") from error
+
+
 def remove_fifos(directory: str) -> None:
     """Delete the FIFOs in `directory`, where they are there."""
     for name in (INPUT, OUTPUT):
@@ -136,7 +146,8 @@ def remove_fifos(directory: str) -> None:
             os.unlink(os.path.join(directory, name))
 
 
-def _open_private_directory(path: str) -> int:
+def ensure_private(path: str) -> int:
+    """Make a directory 0700 and the user's own; return it open. Raises OSError."""
     with contextlib.suppress(FileExistsError):
         os.mkdir(path, 0o700)
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
