@@ -13,6 +13,7 @@ import trio
 
 from . import logs
 from .console.consoles import Consoles
+from .console.inherited import Inherited
 from .fs.mount import mounted
 from .index.store import open_index
 from .lifecycle.configure import empty_trash
@@ -41,6 +42,7 @@ from .systemd.drop_in import drop_in, write_drop_in
 from .systemd.facts import SystemdAnswers, systemd_answers
 from .systemd.jail import make_jail
 from .systemd.manager import Manager, open_manager
+from .vmm.cloud_hypervisor import CloudHypervisor
 from .vmm.driver import Driver
 from .vmm.firecracker import Firecracker
 from .vmm.qemu import Qemu
@@ -55,6 +57,7 @@ async def run(settings: Settings, load: Callable[[], Settings]) -> None:
     `load` gives the settings anew on SIGHUP. Raises CocoonError, saying what to do, when the agent
     cannot start; groups of errors hold faults only.
     """
+    inherited = Inherited(os.environ)
     tree = Tree(settings.root_dir, settings.run_dir)
     await tree.prepare()
     with only_agent(tree.root):
@@ -70,7 +73,9 @@ async def run(settings: Settings, load: Callable[[], Settings]) -> None:
             events = Events(tree.log, settings.events_limit)
             # Operations that are cut off tell of it, and close consoles, when all else ends.
             lasting.start_soon(events.run)
-            consoles = Consoles(tree.run, tree.log, log_limit=settings.console_limit)
+            consoles = Consoles(
+                tree.run, tree.log, log_limit=settings.console_limit, inherited=inherited
+            )
             await lasting.start(consoles.run)
             drivers = _drivers(settings)
             doctor = Doctor(drivers, tree, settings.group)
@@ -132,7 +137,11 @@ async def examine(settings: Settings) -> list[Finding]:
 
 def _drivers(settings: Settings) -> dict[str, Driver]:
     """Return all backends, by name."""
-    drivers: tuple[Driver, ...] = (Firecracker(settings.firecracker), Qemu(settings.qemu))
+    drivers: tuple[Driver, ...] = (
+        CloudHypervisor(settings.cloud_hypervisor),
+        Firecracker(settings.firecracker),
+        Qemu(settings.qemu),
+    )
     return {driver.name: driver for driver in drivers}
 
 

@@ -18,8 +18,8 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 class Settings:
     """Values that an administrator may set; the names are the keys of the TOML file.
 
-    `console_limit` and `events_limit` are bytes of log kept on disk; `firecracker` and `qemu` name
-    the programs, found on PATH unless they are paths.
+    `console_limit` and `events_limit` are bytes of log kept on disk; `cloud_hypervisor`,
+    `firecracker` and `qemu` name the programs, found on PATH unless they are paths.
     """
 
     root_dir: str = "/var/lib/cocoon"
@@ -29,6 +29,7 @@ class Settings:
     log_level: str = "info"
     console_limit: int = MIB
     events_limit: int = MIB
+    cloud_hypervisor: str = "cloud-hypervisor"
     firecracker: str = "firecracker"
     qemu: str = "qemu-system-x86_64"
 

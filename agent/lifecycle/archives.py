@@ -12,7 +12,6 @@ from agent.model.names import check_name, is_name
 from agent.model.snapshot import Snapshot, SnapshotState
 from agent.storage.importer import ImportSink
 from agent.storage.sink import Sink
-from agent.storage.snapshots import STATE
 
 from . import images, library
 from .services import Services
@@ -59,7 +58,8 @@ class Archives:
         draft = sink.finish()
         store = self.store
         with contextlib.suppress(Unsupported):  # another host can load it
-            library.check_state(self._services, draft, lambda: store.read_staged(object_id, STATE))
+            state = draft.state_files.state
+            library.check_state(self._services, draft, lambda: store.read_staged(object_id, state))
         kernel, initrd = (
             store.digest(object_id, name) if draft.has_file(name) else ""
             for name in ("kernel", "initrd")

@@ -65,6 +65,7 @@ def describe_vm(vm: Vm) -> dict[str, Any]:
         "reason": vm.reason,
         "error": vm.error,
         "user_paused": vm.user_paused,
+        "restored_by": vm.restored_by,
         "hypervisor_version": vm.hypervisor_version,
         "booted": {"kernel": vm.booted.kernel, "initrd": vm.booted.initrd},
         # Not for everyone who may look at the index: a hash, and what may hold any secret.

@@ -18,7 +18,6 @@ from agent.model.snapshot import (
 )
 from agent.model.vm import timestamp
 from agent.storage.archive import ArchiveView, Layout, open_view
-from agent.storage.snapshots import STATE
 
 from .services import Services
 from .steps import step
@@ -46,11 +45,12 @@ def check_state(services: Services, snapshot: Snapshot, read: Callable[[], bytes
     Blocks.
     """
     driver = services.drivers.get(snapshot.hypervisor)
-    sizes = [file.size for file in snapshot.files if file.name == STATE]
+    state = snapshot.state_files.state
+    sizes = [file.size for file in snapshot.files if file.name == state]
     if driver is None or not sizes:
         return
     if sizes[0] > _LARGEST_STATE:
-        raise Damaged(f"{STATE} of {sizes[0]} bytes is too large to be one")
+        raise Damaged(f"{state} of {sizes[0]} bytes is too large to be one")
     driver.check_state(read())
 
 

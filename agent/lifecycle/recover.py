@@ -148,7 +148,7 @@ async def _complete(services: Services, vm: Vm, loading: Loading) -> None:
     unit = await services.units.state(vm)
     if unit is None or not unit.main_pid:
         raise Failed(f"VM {vm.name} ended")
-    await services.consoles.open(vm)
+    await services.open_console(vm)
     vm, plan = await plan_launch(services.drivers, with_seed(vm, loading), loads=True)
     await loaded(services, vm, plan, loading, unit.main_pid)
 

@@ -75,6 +75,12 @@ class Services:
         """Return how the VM's last process ended; None when none has since the last start."""
         return read_exit_record(self.paths(vm).exit_record)
 
+    async def open_console(self, vm: Vm) -> None:
+        """Make the console ready for the VM's VMM, or take over that of one that runs."""
+        driver = self.drivers.get(vm.hypervisor)
+        by_socket = driver is not None and driver.capabilities.serial_socket
+        await self.consoles.open(vm, serial_socket=by_socket)
+
     def note(self, vm_id: str, **changes: Any) -> Vm:
         """Commit a transition that can be found out again after a crash, and tell of it."""
         vm = self._next(vm_id, changes)

@@ -24,13 +24,14 @@ from agent.model.names import check_name, new_id
 from agent.model.sidecar import Sidecar, show_sidecar
 from agent.model.snapshot import (
     SIDECAR,
+    STATE_FILES,
     Snapshot,
     SnapshotBoot,
     SnapshotDisk,
     SnapshotState,
 )
 from agent.model.vm import DirtyBase, State, Vm
-from agent.storage.snapshots import MEMORY, SAVE, STATE, Base
+from agent.storage.snapshots import SAVE, Base
 from agent.systemd.unit import memory_limit
 from agent.vmm.driver import Vmm
 
@@ -82,7 +83,7 @@ def _check(services: Services, vm: Vm, name: str) -> None:
     check_name(name)
     check_free(services, name)
     if not services.drivers[vm.hypervisor].capabilities.snapshot:
-        raise Unsupported(f"{vm.hypervisor} takes no snapshots: firecracker and qemu do")
+        raise Unsupported(f"{vm.hypervisor} takes no snapshots: others do")
     writable = [bind.source for bind in host_disk_binds(vm.config) if not bind.readonly]
     if writable:
         raise Unsupported(
@@ -93,7 +94,8 @@ def _check(services: Services, vm: Vm, name: str) -> None:
 
 async def _process_limit(services: Services, vm: Vm) -> int:
     driver = services.drivers[vm.hypervisor]
-    return driver.plan(vm, await driver.version(), loads=True).memory
+    # It runs: whether it could be loaded once more is no question here.
+    return driver.plan(vm, await driver.version(), loads=vm.config.boot is None).memory
 
 
 async def _open_base(services: Services, vm: Vm) -> Base | None:
@@ -101,10 +103,11 @@ async def _open_base(services: Services, vm: Vm) -> Base | None:
     known = vm.dirty_base
     if not vm.config.track_dirty or known is None or known.pid != vm.pid:
         return None
-    if services.index.snapshots.get(known.snapshot) is None:
+    last = services.index.snapshots.get(known.snapshot)
+    if last is None:
         return None
     return await services.tree.in_thread(
-        "opening the memory of the last snapshot", services.snapshots.open_base, known.snapshot
+        "opening the memory of the last snapshot", services.snapshots.open_base, last
     )
 
 
@@ -242,7 +245,8 @@ async def _save(services: Services, vm: Vm, vmm: Vmm, *, diff: bool) -> None:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(look)
-        state, memory = (f"{canonical.VM}/{SAVE}/{name}" for name in (STATE, MEMORY))
+        files = STATE_FILES[vm.hypervisor]
+        state, memory = (f"{canonical.VM}/{SAVE}/{name}" for name in (files.state, files.memory))
         try:
             await vmm.snapshot(state, memory, diff=diff, timeout=math.inf)
         except CocoonError as error:

@@ -16,9 +16,8 @@ from agent.model.config import HYPERVISORS
 from agent.model.errors import CocoonError, Exists, Failed, Invalid, Missing, TimedOut, Unsupported
 from agent.model.launch import Bind, LaunchPlan
 from agent.model.seed import instance_id, seed_for_boot
-from agent.model.snapshot import Snapshot
+from agent.model.snapshot import STATE_FILES, Snapshot
 from agent.model.vm import BootFiles, DirtyBase, State, Vm
-from agent.storage.snapshots import MEMORY, STATE
 from agent.systemd.unit import environment_file, running_properties, vm_unit
 from agent.systemd.users import write_user
 from agent.vmm.driver import Driver, Version, Vmm, VmmState
@@ -27,7 +26,7 @@ from . import images
 from .pause import connected
 from .services import Services
 from .steps import step
-from .stop import KILL_LIMIT, check_not_killed, describe_exit, ended, let_go
+from .stop import KILL_LIMIT, check_not_killed, describe_exit, ended, last_words, let_go
 
 _AFTERWARDS = 0.01  # seconds
 _LATEST = 5.0  # seconds after which a VM is shown, however many others start
@@ -156,7 +155,7 @@ async def prepare(
         devices = await services.tree.prepare_vm(vm, plan.files, environment, base)
         if vm.seed or has_seed:
             await services.tree.write_seed(vm, loads=loading is not None)
-        await services.consoles.open(vm)
+        await services.open_console(vm)
     except BaseException:
         with trio.CancelScope(shield=True, deadline=trio.current_time() + _UNDO_LIMIT):
             await let_go(services, vm)
@@ -280,7 +279,9 @@ async def launch(
         check_not_killed(services, vm)
         # A VM that runs has a console that outlives the agent.
         await services.consoles.keep(vm, unit.main_pid)
-        services.note(vm.id, state=State.RUNNING, pid=unit.main_pid, first_booted=True)
+        services.note(
+            vm.id, state=State.RUNNING, pid=unit.main_pid, first_booted=True, restored_by=""
+        )
         services.background.start_soon(show_machine, services, vm.id)
         if again:
             services.background.start_soon(_remove_stale_disks, services, vm)
@@ -306,6 +307,7 @@ async def loaded(services: Services, vm: Vm, plan: LaunchPlan, loading: Loading,
         config=vm.config,
         booted=vm.booted,
         pid=pid,
+        restored_by=plan.restore_mode,
         user_paused=False,
         first_booted=True,
         restoring="",
@@ -330,7 +332,7 @@ async def _wait_until_running(
     driver = services.drivers[vm.hypervisor]
     began = trio.current_time()
     async with _process(pid) as ended:
-        while not (services.tree.has_socket(vm) and (loading or driver.answers(pid))):
+        while not (services.tree.has_socket(vm) and driver.answers(pid, loads=loading is not None)):
             # Looks follow each other by a fixed part of the time gone by: a start that takes 20 ms
             # is seen within 2, and 64 starts at once that take a second each cost next to nothing.
             if await ended(max(_FIRST_LOOK, (trio.current_time() - began) / 8)):
@@ -348,7 +350,8 @@ async def _wait_until_running(
 
 
 async def _load(vm: Vm, vmm: Vmm) -> None:
-    state, memory = (f"{canonical.VM}/{name}" for name in (STATE, MEMORY))
+    files = STATE_FILES[vm.hypervisor]
+    state, memory = (f"{canonical.VM}/{name}" for name in (files.state, files.memory))
     await vmm.load(state, memory, track_dirty=vm.config.track_dirty)
 
 
@@ -378,7 +381,7 @@ async def _process(pid: int) -> AsyncIterator[Callable[[float], Awaitable[bool]]
 async def _failure(services: Services, vm: Vm, what: str) -> CocoonError:
     record = services.exit_record(vm)
     status = f" ({describe_exit(record)})" if record else ""
-    words = await services.units.last_words(vm)
+    words = await last_words(services, vm)
     said = f": {words}" if words else ""
     return Failed(f"{vm.hypervisor} did not start VM {vm.name}: {what}{status}{said}")
 

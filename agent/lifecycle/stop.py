@@ -14,6 +14,7 @@ from .services import PROCESS_GONE, Services
 
 _STOP_GRACE = 15.0  # seconds beyond stop_timeout that systemd and the helpers may take
 KILL_LIMIT = 10.0  # seconds
+_WORDS_LENGTH = 500
 _ASKED = ("user-stop", "systemd-stop")
 
 
@@ -135,3 +136,10 @@ def describe_exit(record: ExitRecord) -> str:
             return "died again and again, and systemd gave up restarting it"
         case _:
             return f"ended ({record.result} {record.code} {record.status})".rstrip()
+
+
+async def last_words(services: Services, vm: Vm) -> str:
+    """Return what the VM's VMM said last of why it ended, "" when it said nothing."""
+    driver = services.drivers.get(vm.hypervisor)
+    lines = await services.units.last_lines(vm)
+    return driver.explain(lines)[:_WORDS_LENGTH] if driver else ""

@@ -21,6 +21,7 @@ from agent.systemd.watch import Changes, UnitState
 
 _UNIT_EXISTS = "org.freedesktop.systemd1.UnitExists"
 _KILL_AGAIN = 0.05  # seconds
+_WORDS = 40  # lines: some VMMs take many to say one thing
 _WORDS_LIMIT = 2.0  # seconds that journalctl may take
 _log = logging.getLogger(__name__)
 
@@ -118,17 +119,18 @@ class Units:
         with _translated(f"registering {vm.name} with systemd-machined"):
             await register_machine(self._bus, vm.name, identity, vm.pid)
 
-    async def last_words(self, vm: Vm) -> str:
-        """Return the last line that the VM's VMM wrote to its error output, "" for none."""
-        command = ["journalctl", "--quiet", "--output=cat", "--lines=1", "_TRANSPORT=stdout"]
+    async def last_lines(self, vm: Vm) -> list[str]:
+        """Return the last lines that the VM's VMM wrote to its error output."""
+        command = ["journalctl", "--quiet", "--output=cat", f"--lines={_WORDS}"]
+        command.append("_TRANSPORT=stdout")
         command.append(f"_SYSTEMD_UNIT={vm.unit}")
         command.append(f"--since=@{int(vm.started_at)}")
         with trio.move_on_after(_WORDS_LIMIT), contextlib.suppress(OSError):
             found = await trio.run_process(
                 command, capture_stdout=True, check=False, stderr=subprocess.DEVNULL
             )
-            return found.stdout.decode(errors="replace").strip()[:500]
-        return ""
+            return found.stdout.decode(errors="replace").splitlines()
+        return []
 
     async def _stop(self, vm: Vm) -> None:
         try:

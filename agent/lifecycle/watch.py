@@ -12,7 +12,7 @@ from agent.systemd.watch import ENDED, Resync, UnitChange, UnitState
 from .operation import Operations
 from .services import PROCESS_GONE, RESTING, Services
 from .start import look_after
-from .stop import describe_exit, ended
+from .stop import describe_exit, ended, last_words
 
 _UP = frozenset({State.STARTING, State.RUNNING, State.PAUSED, State.SAVING, State.RESTORING})
 _log = logging.getLogger(__name__)
@@ -96,14 +96,14 @@ async def settle(services: Services, vm_id: str) -> None:
     match unit.active if unit else "inactive":
         case "active" | "reloading":
             assert unit is not None
-            await services.consoles.open(vm)
+            await services.open_console(vm)
             if vm.pid != unit.main_pid or vm.state not in _UP:
                 reason = "restart" if vm.pid not in (0, unit.main_pid) else vm.reason
                 services.note(vm_id, state=State.RUNNING, pid=unit.main_pid, reason=reason)
                 services.background.start_soon(look_after, services, vm_id)
         case "activating":
             # systemd waits in opening the FIFOs until somebody holds them.
-            await services.consoles.open(vm)
+            await services.open_console(vm)
             if vm.state is not State.STARTING:
                 services.note(vm_id, state=State.STARTING, reason="restart", **PROCESS_GONE)
         case "deactivating":
@@ -127,7 +127,7 @@ async def record_end(services: Services, vm: Vm) -> None:
         reason = vm.reason if vm.state is State.STOPPING else "guest-exit"
         await ended(services, vm.id, State.STOPPED, reason=reason)
     else:
-        words = await services.units.last_words(vm)
+        words = await last_words(services, vm)
         error = f"{vm.hypervisor} of VM {vm.name} {describe_exit(record)}"
         if words:
             error += f": {words}"

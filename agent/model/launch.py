@@ -21,7 +21,9 @@ class LaunchPlan:
     `load_arguments` only when it loads a snapshot instead, as in a clone's first start. `files` are
     written, by name, into the VM's directory, which the VMM sees at `canonical.VM`. `memory` is
     what the process may use, in bytes: the guest's memory and the VMM's own. `dynamic` programs
-    need the host's shared libraries.
+    need the host's shared libraries. With `serial_socket` the guest's console is a socket that the
+    VMM makes, else it is the process's standard input and output. `restore_mode` is how memory is
+    loaded, where the VMM knows several ways.
     """
 
     binary: str
@@ -33,3 +35,5 @@ class LaunchPlan:
     devices: tuple[str, ...] = ("/dev/kvm",)
     dynamic: bool = False
     load_arguments: tuple[str, ...] = ()
+    serial_socket: bool = False
+    restore_mode: str = ""

@@ -16,7 +16,9 @@ from . import canonical
 from .errors import Damaged, Invalid
 from .size import MIB
 from .snapshot import (
+    CH_CONFIG,
     SIDECAR,
+    STATE_FILES,
     BoundFile,
     Fields,
     Snapshot,
@@ -30,16 +32,9 @@ from .snapshot import (
 TRUSTED_ROOT = "/var/lib/cocoon"
 """Below this lies every path that a snapshot may want bound: Cocoon's default settings."""
 
-VMSTATE = "vmstate"
-CH_CONFIG = "config.json"
+VMSTATE = STATE_FILES["firecracker"].state
 _READ_LIMITS: Mapping[str, int] = {SIDECAR: MIB, CH_CONFIG: MIB, VMSTATE: 16 * MIB}
 
-_NEEDED: Mapping[str, tuple[str, ...]] = {
-    "firecracker": (VMSTATE, "mem", SIDECAR),
-    # Cocoon 0.3.6 writes no sidecar here: the disks are in config.json.
-    "cloud-hypervisor": (CH_CONFIG, "state.json", "memory-ranges"),
-    "qemu": (VMSTATE, "mem", SIDECAR),
-}
 _OWN_DISKS = ("cow.raw", "overlay.qcow2")
 _MOST_DISKS = 256
 _MOST_PATHS = 8
@@ -167,7 +162,10 @@ def complete(
     Raises Damaged when a file or a fact is missing, Invalid for paths that may not be bound.
     """
     by_name = {file.name: file for file in files}
-    for name in _NEEDED[draft.hypervisor]:
+    # Cocoon 0.3.6 writes no sidecar for Cloud Hypervisor: the disks are in config.json.
+    needs_sidecar = draft.hypervisor != "cloud-hypervisor"
+    written = draft.state_files
+    for name in (*written.small, written.memory, *([SIDECAR] if needs_sidecar else [])):
         if name not in by_name:
             raise Damaged(f"the archive has no {name}, which a {draft.hypervisor} snapshot needs")
 

@@ -27,9 +27,33 @@ _VERSION = 1
 _BLOCK = 512
 
 _DISK = re.compile(r"cow\.raw|overlay\.qcow2|cidata\.img|data-[A-Za-z0-9][A-Za-z0-9._-]{0,62}\.raw")
+
+
+@dataclass(frozen=True, slots=True)
+class StateFiles:
+    """What a backend's VMM writes for a snapshot, by name."""
+
+    state: str = "vmstate"
+    memory: str = "mem"
+    further: tuple[str, ...] = ()
+
+    @property
+    def small(self) -> tuple[str, ...]:
+        """All but the memory."""
+        return (self.state, *self.further)
+
+
+CH_CONFIG = "config.json"
+STATE_FILES: Mapping[str, StateFiles] = {
+    "firecracker": StateFiles(),
+    "qemu": StateFiles(),
+    "cloud-hypervisor": StateFiles("state.json", "memory-ranges", (CH_CONFIG,)),
+}
+"""By backend; the names are those of the formats, which are Cocoon's."""
+
 _DATA_FILES = frozenset(
-    {"vmstate", "mem", SIDECAR, "config.json", "state.json", "memory-ranges", "kernel", "initrd"}
-)
+    name for files in STATE_FILES.values() for name in (files.memory, *files.small)
+) | {SIDECAR, "kernel", "initrd"}
 
 
 class SnapshotState(StrEnum):
@@ -127,12 +151,17 @@ class Snapshot:
 
     @property
     def memory_is_live(self) -> bool:
-        """Whether a VMM writes to the file `mem` while its guest runs.
+        """Whether a VMM writes to the memory file while its guest runs.
 
         Then taking a snapshot is to copy that file, and each VM that goes on from it needs one of
         its own. Others leave it as it is, and share it.
         """
         return self.hypervisor == "qemu"
+
+    @property
+    def state_files(self) -> StateFiles:
+        """The names of what its VMM wrote."""
+        return STATE_FILES[self.hypervisor]
 
     def has_file(self, name: str) -> bool:
         return any(file.name == name for file in self.files)

@@ -73,8 +73,9 @@ class Vm:
     into its state, `error` why the last operation or the VM failed. `generation` counts committed
     transitions. `from_snapshot` is the id of the snapshot that its first start clones, or cloned;
     `restoring` that of the snapshot it is being put back to; `snapshots` are those taken of it.
-    `seed` is the instance id in the seed that is, or was last, among its disks, "" for none;
-    `seeded` the one with which a guest on its disks has booted.
+    `restored_by` is how the memory was loaded by a process that went on from a snapshot, where the
+    VMM knows several ways. `seed` is the instance id in the seed that is, or was last, among its
+    disks, "" for none; `seeded` the one with which a guest on its disks has booted.
     """
 
     id: str
@@ -94,6 +95,7 @@ class Vm:
     from_snapshot: str = ""
     restoring: str = ""
     dirty_base: DirtyBase | None = None
+    restored_by: str = ""
     first_booted: bool = False
     seed: str = ""
     seeded: str = ""

@@ -18,7 +18,13 @@ from dataclasses import dataclass
 from agent.model import canonical
 from agent.model.disks import disk_files
 from agent.model.errors import Damaged, Missing
-from agent.model.snapshot import Snapshot, SnapshotFile, is_disk, metadata_size
+from agent.model.snapshot import (
+    STATE_FILES,
+    Snapshot,
+    SnapshotFile,
+    is_disk,
+    metadata_size,
+)
 from agent.model.vm import Vm
 
 from . import directory
@@ -28,11 +34,11 @@ from .sparse import data_ranges
 from .staging import Staged
 from .tree import BESIDE, Tree
 
-STATE, MEMORY = "vmstate", "mem"
 BOOT_FILES = ("kernel", "initrd")
 SAVE = "save"
 """Where in its own directory a VMM writes its state and memory."""
 
+_MEMORIES = frozenset(files.memory for files in STATE_FILES.values())
 _NEW, _OLD, _BOUND = BESIDE
 _FINE = 4096  # bytes of a block, beyond which a file of changed pages does not tell which they are
 _PIECE = 1 << 20
@@ -69,7 +75,8 @@ class SnapshotStore(Staged):
 
     def saved_blocks(self, vm: Vm) -> int:
         """Return how many blocks the VMM has written so far."""
-        path = f"{self._tree.directory(vm.id)}/{SAVE}/{MEMORY}"
+        memory = STATE_FILES[vm.hypervisor].memory
+        path = f"{self._tree.directory(vm.id)}/{SAVE}/{memory}"
         with contextlib.suppress(OSError):
             return os.lstat(path).st_blocks
         return 0
@@ -81,15 +88,16 @@ class SnapshotStore(Staged):
             directory.opened_as(self._tree.directory(vm.id), vm.uid) as own,
         ):
             if memory:
-                with _owned(own, MEMORY, vm.uid) as live:
+                name = STATE_FILES[vm.hypervisor].memory
+                with _owned(own, name, vm.uid) as live:
                     _check_memory(live, vm)
-                    copy_file(live, staging, MEMORY, mode=SHARED, sync=False)
+                    copy_file(live, staging, name, mode=SHARED, sync=False)
             disks = [file.name for file in disk_files(vm.config)]
             for name in (*disks, *([canonical.SEED] if vm.seed else [])):
                 with _owned(own, name, vm.uid) as disk:
                     copy_file(disk, staging, name, mode=SHARED, sync=False)
 
-    def open_base(self, snapshot_id: str) -> Base | None:
+    def open_base(self, snapshot: Snapshot) -> Base | None:
         """Open the memory of a snapshot as what changes are counted from.
 
         None when it is gone, or when the filesystem does not tell one page from the next.
@@ -97,7 +105,7 @@ class SnapshotStore(Staged):
         if os.statvfs(self._tree.snapshots).f_bsize > _FINE:
             return None
         try:
-            path = f"{self.directory(snapshot_id)}/{MEMORY}"
+            path = f"{self.directory(snapshot.id)}/{snapshot.state_files.memory}"
             return Base(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC))
         except FileNotFoundError:
             return None
@@ -107,21 +115,23 @@ class SnapshotStore(Staged):
 
         Without `memory` it wrote none.
         """
+        files = STATE_FILES[vm.hypervisor]
         with (
             directory.opened(self.staging(snapshot_id)) as staging,
             directory.opened_as(self._tree.directory(vm.id), vm.uid) as own,
         ):
             with directory.opened(SAVE, parent=own) as save:
-                with _owned(save, STATE, vm.uid) as state:
-                    _take(state, staging, STATE)
+                for name in files.small:
+                    with _owned(save, name, vm.uid) as state:
+                        _take(state, staging, name)
                 if memory:
-                    with _owned(save, MEMORY, vm.uid) as written:
+                    with _owned(save, files.memory, vm.uid) as written:
                         _check_memory(written, vm)
                         if base is None:
-                            _take(written, staging, MEMORY)
+                            _take(written, staging, files.memory)
                         else:
-                            copy_file(base.fd, staging, MEMORY, mode=SHARED, sync=False)
-                            _apply(written, staging, MEMORY)
+                            copy_file(base.fd, staging, files.memory, mode=SHARED, sync=False)
+                            _apply(written, staging, files.memory)
             _remove_entry(own, SAVE)
 
     def link_boot(self, snapshot_id: str, files: Mapping[str, str]) -> None:
@@ -141,10 +151,10 @@ class SnapshotStore(Staged):
         files = []
         with directory.opened(self.staging(snapshot_id)) as staging:
             for name in sorted(os.listdir(staging)):
-                flags = os.O_RDWR if name == MEMORY else os.O_RDONLY
+                flags = os.O_RDWR if name in _MEMORIES else os.O_RDONLY
                 file = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=staging)
                 try:
-                    if name == MEMORY:
+                    if name in _MEMORIES:
                         dig_holes(file)
                     os.fsync(file)
                     files.append(SnapshotFile(name, os.fstat(file).st_size))
@@ -197,7 +207,7 @@ class SnapshotStore(Staged):
 
     def read_state(self, snapshot: Snapshot) -> bytes:
         """Return the state of the VM's devices."""
-        with open(f"{self.directory(snapshot.id)}/{STATE}", "rb") as file:
+        with open(f"{self.directory(snapshot.id)}/{snapshot.state_files.state}", "rb") as file:
             return file.read()
 
     # Giving to VMs
@@ -218,12 +228,16 @@ class SnapshotStore(Staged):
 
     def has_loaded(self, vm: Vm) -> bool:
         """Whether the VM's directory holds what its process was loaded from; does not wait."""
-        return os.path.lexists(f"{self._tree.directory(vm.id)}/{MEMORY}")
+        own = self._tree.directory(vm.id)
+        return any(os.path.lexists(f"{own}/{name}") for name in _MEMORIES)
 
     def forget_loaded(self, vm: Vm) -> None:
         """Remove what the VM's process was loaded from: it has none, and will boot."""
         with directory.opened_as(self._tree.directory(vm.id), vm.uid) as own:
-            for name in (STATE, MEMORY):
+            # Of whichever backend: the VM may have another one now.
+            for name in {name for files in STATE_FILES.values() for name in files.small}:
+                _remove_entry(own, name)
+            for name in _MEMORIES:
                 _remove_entry(own, name)
         directory.remove(self._beside(vm, _BOUND))
 
@@ -296,17 +310,18 @@ class SnapshotStore(Staged):
             os.fsync(vms)
 
     def _fill(self, snapshot: Snapshot, vm: Vm, target: str, *, sync: bool) -> None:
+        written = snapshot.state_files
         directory.remove(target)
         os.mkdir(target, 0o700)
         try:
             with self.opened(snapshot) as source, directory.opened(target) as own:
                 for file in snapshot.files:
-                    is_live = file.name == MEMORY and snapshot.memory_is_live
+                    is_live = file.name == written.memory and snapshot.memory_is_live
                     if is_disk(file.name) or is_live:
                         with _whole(source, file) as disk:
                             copy_file(disk, own, file.name, mode=PRIVATE, sync=sync and not is_live)
                         os.chown(file.name, vm.uid, vm.uid, dir_fd=own, follow_symlinks=False)
-                    elif file.name in (STATE, MEMORY):
+                    elif file.name in (written.memory, *written.small):
                         with _whole(source, file):
                             _link_at(source, own, file.name)
                 # Last: up to here nobody else can change anything in it.

@@ -70,8 +70,7 @@ def vm_unit(vm: Vm, plan: LaunchPlan, paths: Paths, binds: Iterable[Bind] = ()) 
         ("EnvironmentFiles", Variant("a(sb)", [[paths.environment, False]])),
         ("TimeoutStopUSec", Variant("t", config.stop_timeout * SECOND + STOP_GRACE)),
         ("Restart", Variant("s", config.restart)),
-        ("StandardInputFile", Variant("s", paths.console_input)),
-        ("StandardOutputFile", Variant("s", paths.console_output)),
+        *_standard_streams(plan, paths),
         ("SyslogIdentifier", Variant("s", program)),
         (
             "LogExtraFields",
@@ -85,6 +84,18 @@ def vm_unit(vm: Vm, plan: LaunchPlan, paths: Paths, binds: Iterable[Bind] = ()) 
         ("MemoryMax", Variant("t", plan.memory)),
         ("CPUWeight", Variant("t", min(100 * config.cpu, 10_000))),
         ("TasksMax", Variant("t", 64 + 8 * config.most_cpu)),
+    ]
+
+
+def _standard_streams(plan: LaunchPlan, paths: Paths) -> list[Property]:
+    if plan.serial_socket:
+        return [
+            ("StandardInput", Variant("s", "null")),
+            ("StandardOutput", Variant("s", "journal")),
+        ]
+    return [
+        ("StandardInputFile", Variant("s", paths.console_input)),
+        ("StandardOutputFile", Variant("s", paths.console_output)),
     ]
 
 

@@ -1,6 +1,6 @@
 """What a backend must offer: one driver a VMM program, one connection a running VMM."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -32,8 +32,9 @@ class Capabilities:
     """What a backend can do; the README's table is made from these.
 
     With `disk_boot` it has a firmware of its own, which boots a disk where no kernel is named. With
-    `elf_kernel` it boots no bzImage: `canonical.KERNEL` must be the ELF that is packed in it.
-    With `qcow2` it has disks in that format too, not only raw ones.
+    `elf_kernel` it boots no bzImage: `canonical.KERNEL` must be the ELF that is packed in it. With
+    `qcow2` it has disks in that format too, not only raw ones. With `serial_socket` the guest's
+    console is `canonical.CONSOLE_SOCKET`, made by the VMM, else its standard input and output.
     """
 
     pause: bool = True
@@ -45,6 +46,7 @@ class Capabilities:
     first_boot_seed: bool = False
     disk_boot: bool = False
     elf_kernel: bool = False
+    serial_socket: bool = False
 
 
 class VmmState(StrEnum):
@@ -93,6 +95,8 @@ class Vmm(Protocol):
     ) -> None:
         """Write the paused VM's state and memory to the files `state` and `memory`.
 
+        They have the names of `STATE_FILES`; what else is named there comes beside them.
+
         With `diff`, `memory` becomes a sparse file of the guest's size that holds only what changed
         since the last snapshot (or load), in a VM with `track_dirty`. Whatever the outcome, the
         record of changes starts afresh.
@@ -110,9 +114,16 @@ class Vmm(Protocol):
     ) -> None:
         """Load a snapshot into an empty VMM and, with `resume`, let it run.
 
+        One whose arguments say what to load does so by itself, and is waited for.
+
         The file `memory` must stay as it is while the VM runs.
         """
         ...
+
+
+def last_line(lines: Sequence[str]) -> str:
+    """Return the last of a VMM's lines of error output, which most often says why it ended."""
+    return lines[-1].strip() if lines else ""
 
 
 class Driver(Protocol):
@@ -154,11 +165,19 @@ class Driver(Protocol):
         """
         ...
 
-    def answers(self, pid: int) -> bool:
+    def answers(self, pid: int, *, loads: bool = False) -> bool:
         """Whether the process `pid`, launched to boot a guest, has come so far as to be asked.
 
         Asking a VMM that still builds its guest may cost the message with which it would fail. Also
-        false when the process is gone. Looks at /proc, does not wait.
+        false when the process is gone. Looks at /proc, does not wait. With `loads` it was launched
+        to load one, and is to be told so, or does it by itself.
+        """
+        ...
+
+    def explain(self, lines: Sequence[str]) -> str:
+        """Return what the last lines of a VMM's error output say of why it ended, "" for nothing.
+
+        They are the VMM's words, of which none may be trusted.
         """
         ...
 

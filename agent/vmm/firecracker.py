@@ -1,9 +1,8 @@
 """Firecracker: its configuration file, its command line and its API."""
 
 import json
-import os
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,10 +15,10 @@ from agent.model.size import MIB, show_size
 from agent.model.vm import Vm
 from agent.model.vmstate import check_vmstate
 
-from .driver import Capabilities, Directory, Version, VmmState
+from .driver import Capabilities, Directory, Version, VmmState, last_line
 from .http import HttpApi
 from .kvm import kvm_obstacle
-from .program import Program
+from .program import Program, has_thread
 
 CONFIG_FILE = "vm.json"
 
@@ -100,25 +99,18 @@ class Firecracker:
         """Raise Damaged for a state that is not whole; see Driver."""
         check_vmstate(state)
 
-    def answers(self, pid: int) -> bool:
+    def answers(self, pid: int, *, loads: bool = False) -> bool:
         """Whether the process can be asked; see Driver.
 
         While Firecracker builds the guest its API takes requests already, and when the build then
         fails, one that waits makes it end by SIGSYS (status 148) instead of saying why on stderr:
         the thread that serves it panics. The threads of the vCPUs are the last that is built.
         """
-        try:
-            # Backwards, because they come last.
-            for task in reversed(os.listdir(f"/proc/{pid}/task")):
-                comm = os.open(f"/proc/{pid}/task/{task}/comm", os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    if os.read(comm, 16).startswith(_VCPU_THREAD):
-                        return True
-                finally:
-                    os.close(comm)
-        except (FileNotFoundError, ProcessLookupError):
-            pass
-        return False
+        return loads or has_thread(pid, _VCPU_THREAD)
+
+    def explain(self, lines: Sequence[str]) -> str:
+        """Return the last line; see Driver."""
+        return last_line(lines)
 
     @asynccontextmanager
     async def connect(self, socket: int, directory: Directory) -> AsyncIterator["FirecrackerVmm"]:

@@ -87,3 +87,19 @@ def is_dynamic(path: str) -> bool:
         struct.unpack_from("<I", table, index * size)[0] == _PROGRAM_INTERPRETER
         for index in range(len(table) // max(size, 1))
     )
+
+
+def has_thread(pid: int, prefix: bytes) -> bool:
+    """Whether the process has a thread of such a name; false when it is gone."""
+    try:
+        # Backwards: threads of vCPUs come last.
+        for task in reversed(os.listdir(f"/proc/{pid}/task")):
+            comm = os.open(f"/proc/{pid}/task/{task}/comm", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if os.read(comm, 16).startswith(prefix):
+                    return True
+            finally:
+                os.close(comm)
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return False

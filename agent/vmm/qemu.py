@@ -8,7 +8,7 @@ written out here: type, CPU model, and each device's place on the bus.
 
 import functools
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
@@ -22,7 +22,7 @@ from agent.model.launch import LaunchPlan
 from agent.model.size import MIB, show_size
 from agent.model.vm import Vm
 
-from .driver import Capabilities, Directory, Version, VmmState
+from .driver import Capabilities, Directory, Version, VmmState, last_line
 from .kvm import kvm_obstacle
 from .program import Program
 from .qemu_state import check_room, check_state, create_state, open_state, seal_state
@@ -119,12 +119,16 @@ class Qemu:
         """Raise Damaged or Unsupported for a state that cannot be loaded; see Driver."""
         check_state(state, kvm=self._kvm)
 
-    def answers(self, pid: int) -> bool:
+    def answers(self, pid: int, *, loads: bool = False) -> bool:
         """Whether the process can be asked; see Driver.
 
         QEMU greets only once its machine is complete, and when that fails it ends with a message.
         """
         return os.path.exists(f"/proc/{pid}")
+
+    def explain(self, lines: Sequence[str]) -> str:
+        """Return the last line; see Driver."""
+        return last_line(lines)
 
     @asynccontextmanager
     async def connect(self, socket: int, directory: Directory) -> AsyncIterator["QemuVmm"]:

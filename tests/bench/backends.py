@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent.model import canonical
-from agent.storage.snapshots import MEMORY, STATE
 from agent.vmm.driver import Driver
 from agent.vmm.firecracker import Firecracker
 from agent.vmm.qemu import Qemu
@@ -82,10 +81,10 @@ FIRECRACKER = Backend(
                 "/snapshot/load",
                 json.dumps(
                     {
-                        "snapshot_path": f"{canonical.VM}/{STATE}",
+                        "snapshot_path": f"{canonical.VM}/vmstate",
                         "mem_backend": {
                             "backend_type": "File",
-                            "backend_path": f"{canonical.VM}/{MEMORY}",
+                            "backend_path": f"{canonical.VM}/mem",
                         },
                         "resume_vm": True,
                     }
@@ -94,7 +93,7 @@ FIRECRACKER = Backend(
             b" 204 ",
         ),
     ),
-    linked=(MEMORY, STATE),
+    linked=("mem", "vmstate"),
     copied=(canonical.COW,),
     burst=64,
     others=128,
@@ -108,12 +107,12 @@ QEMU = Backend(
     load=(
         *QMP_GREETING,
         QMP_CAPABILITIES,
-        Step(qmp("getfd", fdname="state"), b'"return"', STATE, HEAD_SIZE),
+        Step(qmp("getfd", fdname="state"), b'"return"', "vmstate", HEAD_SIZE),
         Step(qmp("migrate-incoming", uri="fd:state"), b'"status": "completed"'),
         Step(qmp("cont"), b'"return"'),
     ),
-    linked=(STATE,),
-    copied=(MEMORY, canonical.COW),
+    linked=("vmstate",),
+    copied=("mem", canonical.COW),
     burst=16,
     others=0,
 )

@@ -16,7 +16,6 @@ from report import Row
 
 from agent.model import canonical
 from agent.storage.reflink import SHARED, copy_file
-from agent.storage.snapshots import MEMORY, STATE
 
 PAUSED_MEMORY = 1024 * MIB
 BY_HAND = "/var/lib/cocoon/by-hand"
@@ -88,10 +87,10 @@ def _by_hand(vm_id: str) -> float:
         began = time.perf_counter()
         _say(api, Step(qmp("stop"), b'"return"'))
         _say(api, QMP_CAPABILITIES)
-        state = os.open(f"{BY_HAND}/{STATE}", os.O_WRONLY | os.O_CREAT)
+        state = os.open(f"{BY_HAND}/vmstate", os.O_WRONLY | os.O_CREAT)
         _say(api, Step(qmp("getfd", fdname="by-hand"), b'"return"'), state)
         _say(api, Step(qmp("migrate", uri="fd:by-hand"), b'"status": "completed"'))
-        for copied in (MEMORY, canonical.COW):
+        for copied in ("mem", canonical.COW):
             with contextlib.suppress(FileNotFoundError):
                 source = os.open(f"{directory}/{copied}", os.O_RDONLY)
                 copy_file(source, target, copied, mode=SHARED, sync=False)

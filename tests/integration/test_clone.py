@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from snapshot_tools import archive, described, extract, last_count, names, pack, refused, write_once
 
+from agent.model.snapshot import STATE_FILES
 from agent.model.vmstate import crc64
 
 pytestmark = pytest.mark.backends
@@ -181,7 +182,8 @@ def test_what_clones_share_cannot_be_written_by_a_vmm(agent, taken, clone, backe
     inodes = {path.stat().st_ino for path in kept.iterdir()}
     all_shared = {path.name for path in directory.iterdir() if path.stat().st_ino in inodes}
     # QEMU would need to write to the memory that it loads: each clone of its has a copy.
-    assert all_shared == {"firecracker": {"mem", "vmstate"}, "qemu": {"vmstate"}}[backend]
+    files = STATE_FILES[backend]
+    assert all_shared == {*files.small} | ({files.memory} if backend != "qemu" else set())
     for shared in all_shared:
         assert (directory / shared).stat().st_uid == 0
         command = f"echo damage >> {shared} || chmod u+w {shared}"
@@ -205,7 +207,7 @@ def test_a_clone_boots_cold_from_its_own_disk_and_kernel(agent, taken, clone, ba
     vm.wait_counting()
     assert vm.counts[lines] == 1
     directory = agent.root_dir / "vms" / vm.read("id")
-    assert not (directory / "vmstate").exists()
+    assert not (directory / STATE_FILES[backend].state).exists()
     # QEMU's memory is a file in any case, here a new one.
     assert (directory / "mem").exists() == (backend == "qemu")
 

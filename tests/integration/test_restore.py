@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from snapshot_tools import archive, described, last_count, names, refused, settled
 
+from agent.model.snapshot import STATE_FILES
+
 pytestmark = pytest.mark.backends
 
 
@@ -95,13 +97,14 @@ def test_a_restored_vm_boots_cold(agent, taken):
     assert vm.counts[lines] == 1
 
 
-@pytest.mark.parametrize("damage", ["vmstate", "mem", "cow.raw"])
+@pytest.mark.parametrize("damage", ["state", "memory", "cow.raw"])
 @pytest.mark.parametrize("how", ["cut short", "gone", "changed"])
-def test_a_damaged_snapshot_leaves_the_live_vm_running(agent, taken, damage, how):
+def test_a_damaged_snapshot_leaves_the_live_vm_running(agent, taken, damage, how, backend):
     vm, name, _ = taken
+    if how == "changed" and (damage != "state" or backend == "cloud-hypervisor"):
+        pytest.skip("nothing tells that a bit has changed")
+    damage = getattr(STATE_FILES[backend], damage, damage)
     file = agent.root_dir / "snapshots" / described(agent, name)["id"] / damage
-    if how == "changed" and damage != "vmstate":
-        pytest.skip("content is the guest's own")
     match how:
         case "cut short":
             os.truncate(file, file.stat().st_size // 2)

@@ -25,6 +25,8 @@ from snapshot_tools import (
     write_once,
 )
 
+from agent.model.snapshot import STATE_FILES
+
 pytestmark = pytest.mark.backends
 
 
@@ -69,7 +71,7 @@ def test_a_snapshot_is_taken_and_the_vm_goes_on(agent, make_vm, name):
     settled(agent)
 
 
-def test_what_vms_share_is_roots_and_read_only(agent, make_vm, name):
+def test_what_vms_share_is_roots_and_read_only(agent, make_vm, name, backend):
     vm = counting(make_vm)
     vm.write("snapshot", name)
     directory = agent.root_dir / "snapshots" / described(agent, name)["id"]
@@ -77,8 +79,8 @@ def test_what_vms_share_is_roots_and_read_only(agent, make_vm, name):
         "cocoon.json",
         "cow.raw",
         "kernel",
-        "mem",
-        "vmstate",
+        STATE_FILES[backend].memory,
+        *STATE_FILES[backend].small,
     }
     for path in directory.iterdir():
         facts = path.stat()
@@ -95,10 +97,11 @@ def test_a_snapshot_names_no_path_that_cocoon_would_look_for(agent, make_vm, nam
     assert [disk["path"] for disk in told["storage_configs"]] == ["/var/lib/cocoon/run/vm/cow.raw"]
 
 
-def test_zeros_in_memory_are_holes_in_a_snapshot(agent, make_vm, name):
+def test_zeros_in_memory_are_holes_in_a_snapshot(agent, make_vm, name, backend):
     vm = counting(make_vm)
     vm.write("snapshot", name)
-    memory = agent.root_dir / "snapshots" / described(agent, name)["id"] / "mem"
+    directory = agent.root_dir / "snapshots" / described(agent, name)["id"]
+    memory = directory / STATE_FILES[backend].memory
     assert memory.stat().st_size == 64 << 20
     assert memory.stat().st_blocks * 512 < 4 << 20
 
@@ -239,7 +242,7 @@ def test_two_reads_of_a_large_archive_are_equal_and_dd_finds_its_place(
 
 
 @pytest.mark.parametrize("tool", ["tar", "bsdtar", "python"])
-def test_tools_extract_the_files_bit_for_bit(agent, make_vm, name, tool, tmp_path):
+def test_tools_extract_the_files_bit_for_bit(agent, make_vm, name, tool, tmp_path, backend):
     vm = counting(make_vm)
     vm.write("snapshot", name)
     commands = {
@@ -253,7 +256,7 @@ def test_tools_extract_the_files_bit_for_bit(agent, make_vm, name, tool, tmp_pat
     directory = agent.root_dir / "snapshots" / described(agent, name)["id"]
     for path in directory.iterdir():
         assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
-    assert (tmp_path / "mem").stat().st_blocks * 512 < 8 << 20
+    assert (tmp_path / STATE_FILES[backend].memory).stat().st_blocks * 512 < 8 << 20
 
 
 def test_a_reader_of_a_removed_snapshot_reads_to_the_end(agent, make_vm, name):

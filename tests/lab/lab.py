@@ -1,6 +1,7 @@
 """The lab's command line: a private systemd, with this tree's agent or without, for one command."""
 
 import argparse
+import fcntl
 import hashlib
 import os
 import shutil
@@ -17,6 +18,9 @@ TREE = Path(__file__).resolve().parents[2]
 CACHE = Path("/var/cache/cocoon-host-tests")
 VMMS = ("firecracker", "cloud-hypervisor", "qemu-system-x86_64")
 LAB_FAILED = 125
+# linux/kvm.h
+KVM_CHECK_EXTENSION = 0xAE03
+KVM_CAP_NESTED_STATE = 157
 FILES = {
     "system/lab.target": """[Unit]
 Description=What a lab runs
@@ -55,6 +59,30 @@ RestartSec=100ms
 Environment="PYTHONPATH={TREE}" "PATH={":".join(sorted(programs))}:{SYSTEM_PATH}"
 """
     return files
+
+
+def nested_state(guests: Path, path: str) -> dict[str, str]:
+    """What gives Cloud Hypervisor, where there is one, the one ioctl that some KVMs lack.
+
+    A preloaded library, in the jails of this lab's VMs.
+    """
+    if shutil.which("cloud-hypervisor", path=path) is None or knows_nested_state():
+        return {}
+    library = guests / "nested_state.so"
+    lines = f"[Service]\nEnvironment=LD_PRELOAD={library}\nBindReadOnlyPaths={library}\n"
+    return {"system/cocoon-vm-.service.d/50-nested-state.conf": lines}
+
+
+def knows_nested_state() -> bool:
+    """Whether KVM can save the state of guests in guests; true where there is no KVM to ask."""
+    try:
+        kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return True
+    try:
+        return fcntl.ioctl(kvm, KVM_CHECK_EXTENSION, KVM_CAP_NESTED_STATE) > 0
+    finally:
+        os.close(kvm)
 
 
 def build_guests() -> Path:
@@ -98,7 +126,10 @@ def run(options: argparse.Namespace) -> int:
         "COCOON_TEST_PYTHON": str(options.python),
     }
     visible = [TREE, Path.cwd(), options.python.parents[1], *options.bind]
-    with running(options.state, visible, unit_files(options.python, path)) as lab:
+    files = unit_files(options.python, path)
+    if options.guests:
+        files |= nested_state(guests, path)
+    with running(options.state, visible, files) as lab:
         if options.agent:
             start_agent(lab, environment)
         scope = ["systemd-run", "--scope", "--quiet", "--collect", "--unit=command"]

@@ -15,7 +15,7 @@ import trio.testing
 from agent.console import consoles as module
 from agent.console.consoles import HISTORY, Consoles
 from agent.console.fanout import ByteStream
-from agent.console.source import INPUT, OUTPUT
+from agent.console.source import INPUT, OUTPUT, Fifos
 from agent.model.access import Access
 from agent.model.config import VmConfig
 from agent.model.errors import CocoonError, Invalid, TimedOut
@@ -582,10 +582,11 @@ async def test_a_console_may_be_opened_again_before_its_pump_has_begun(place: Pl
     async with place.agent() as consoles:
         with consoles._using(VM.id) as console:
             await console.log.open()
-            there = str(place.run / VM.id), consoles.socket_path(VM.id), consoles._nursery
-            console.open(VM, *there)
+            run = str(place.run / VM.id)
+            there = run, consoles.socket_path(VM.id), consoles._nursery
+            console.open(VM, Fifos(run), *there)
             console.release()
-            console.open(VM, *there)
+            console.open(VM, Fifos(run), *there)
         consoles.speak_for(VM, os.getpid())
         guest = place.guest()
         async with consoles.live(VM.id) as stream:

@@ -150,7 +150,7 @@ REFUSED = {
     "a missing state of another hypervisor": (
         pack(firecracker(snapshot_json=metadata(hypervisor="cloud-hypervisor"))),
         Damaged,
-        r"no config\.json, which a cloud-hypervisor snapshot needs",
+        r"no state\.json, which a cloud-hypervisor snapshot needs",
     ),
     "a member twice": (
         pack(firecracker(), end=b"") + member("mem", b"x") + END,

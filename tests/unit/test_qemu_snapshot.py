@@ -18,6 +18,7 @@ from agent.storage.snapshots import SnapshotStore
 from agent.storage.tree import Tree
 
 VM = Vm("a" * 26, "web", 70001, Access(0, 0), VmConfig(memory=16 * MIB, storage=MIB))
+VM = dataclasses.replace(VM, hypervisor="qemu")
 SNAPSHOT = Snapshot(
     id="b" * 26,
     name="nightly",

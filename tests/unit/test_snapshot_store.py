@@ -17,6 +17,7 @@ from agent.storage.tree import Tree
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to other uids")
 UID = 70001
 VM = Vm("a" * 26, "web", UID, Access(0, 0), VmConfig(memory=16 * MIB, storage=MIB))
+VM = dataclasses.replace(VM, hypervisor="firecracker")
 SNAPSHOT = Snapshot(
     id="b" * 26,
     name="nightly",
@@ -125,7 +126,7 @@ def test_memory_of_another_size_is_damage(store, vm_directory):
 
 
 def test_changes_complete_the_memory_of_the_last_snapshot(store, vm_directory, snapshot):
-    base = store.open_base(SNAPSHOT.id)
+    base = store.open_base(SNAPSHOT)
     new = "c" * 26
     store.begin(new, VM)
     saved(vm_directory, memory=b"")
@@ -147,7 +148,7 @@ def test_changes_complete_the_memory_of_the_last_snapshot(store, vm_directory, s
 
 
 def test_there_is_no_base_without_its_snapshot(store):
-    assert store.open_base("d" * 26) is None
+    assert store.open_base(dataclasses.replace(SNAPSHOT, id="d" * 26)) is None
 
 
 def test_discarding_leaves_no_trace(store, vm_directory):

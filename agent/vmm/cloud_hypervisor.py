@@ -1,0 +1,337 @@
+"""Cloud Hypervisor: its command line and its API.
+
+One command boots a guest, another one loads it; the API is for what comes afterwards. Bodies and
+answers are those of vmm/src/api/openapi/cloud-hypervisor.yaml, options those of vmm/src/config.rs.
+"""
+
+import json
+import os
+import re
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from agent.model import canonical
+from agent.model.config import VmConfig
+from agent.model.disks import Drive, drives, host_disk_binds
+from agent.model.errors import Damaged, Failed, Invalid, Unsupported
+from agent.model.launch import LaunchPlan
+from agent.model.size import MIB, show_size
+from agent.model.vm import Vm
+
+from . import userfault
+from .driver import Capabilities, Directory, Version, VmmState, last_line
+from .http import HttpApi
+from .kvm import kvm_obstacle
+from .program import Program, has_thread
+
+DEFAULT_CMDLINE = "console=ttyS0 panic=1 loglevel=3"
+"""`panic=1` makes a panic a reboot, which happens inside the process."""
+
+MINIMUM_VERSION = (53, 0)
+"""The oldest that was tried: the first that keeps what a serial socket says for who comes late."""
+
+_API = "/api/v1"
+_BALLOON_FROM = 256 * MIB  # Cocoon's choice, as are the quarter and the depth of disks' queues
+_BALLOON_SHARE = 4
+_QUEUE_SIZE = 512
+_RANDOM = "/dev/urandom"
+_OWN_MEMORY = 64 * MIB
+_VCPU_THREAD = b"vcpu"
+_CHAIN = "exited with the following chain of errors"
+_LINK = re.compile(r"\s*\d+: (.+)")
+_CHATTER = re.compile(r"> (WARN|INFO|DEBUG):")
+_STATES = {
+    "Created": VmmState.EMPTY,
+    "Running": VmmState.RUNNING,
+    "Shutdown": VmmState.EMPTY,
+    "Paused": VmmState.PAUSED,
+}
+
+
+class CloudHypervisor:
+    """The driver; `path` names the program where it is not on root's PATH."""
+
+    name = "cloud-hypervisor"
+    capabilities = Capabilities(
+        snapshot=True,
+        disk_serials=True,
+        qcow2=True,
+        first_boot_seed=True,
+        serial_socket=True,
+    )
+
+    def __init__(
+        self, path: str = "", *, device: bool | None = None, unprivileged: bool | None = None
+    ) -> None:
+        """`device` and `unprivileged` are the ways to userfaultfd; None looks at the host."""
+        self._program = Program("cloud-hypervisor", r"cloud-hypervisor v(\d+)\.(\d+)", path)
+        self._device = device
+        self._unprivileged = unprivileged
+
+    async def version(self) -> Version:
+        """Return the program and its version; see Driver."""
+        version = await self._program.version()
+        if version.numbers < MINIMUM_VERSION:
+            raise Unsupported(
+                f"{version.binary} is Cloud Hypervisor {version.text}: versions from "
+                f"{'.'.join(map(str, MINIMUM_VERSION))} work, see "
+                "https://github.com/cloud-hypervisor/cloud-hypervisor/releases"
+            )
+        return version
+
+    async def obstacle(self) -> str:
+        """Return why KVM does not run guests here; see Driver."""
+        return await kvm_obstacle()
+
+    def plan(self, vm: Vm, version: Version, *, loads: bool = False) -> LaunchPlan:
+        """Return what to launch for `vm`; see Driver."""
+        config = vm.config
+        devices = ["/dev/kvm", _RANDOM]
+        mode = ""
+        load_arguments: tuple[str, ...] = ()
+        if loads:
+            mode = self._restore_mode(config)
+            if mode == "ondemand" and self._has_device():
+                devices.append(userfault.DEVICE)
+            source = f"source_url=file://{canonical.VM}"
+            load_arguments = ("--restore", f"{source},memory_restore_mode={mode},resume=true")
+        boot_arguments: tuple[str, ...] = ()
+        if config.boot is not None or not loads:
+            boot_arguments = tuple(_boot_arguments(vm))
+        return LaunchPlan(
+            binary=version.binary,
+            arguments=("--api-socket", canonical.API_SOCKET),
+            boot_arguments=boot_arguments,
+            load_arguments=load_arguments,
+            files={},
+            memory=config.memory + config.memory // 64 + _OWN_MEMORY,
+            binds=host_disk_binds(config),
+            devices=tuple(devices),
+            dynamic=version.dynamic,
+            serial_socket=True,
+            restore_mode=mode,
+        )
+
+    def check_state(self, state: bytes) -> None:
+        """Raise Damaged for a state that is not whole; see Driver."""
+        try:
+            whole = isinstance(json.loads(state), dict)
+        except (ValueError, RecursionError):
+            whole = False
+        if not whole:
+            raise Damaged("state.json is damaged: it is not a JSON object")
+
+    def answers(self, pid: int, *, loads: bool = False) -> bool:
+        """Whether the process can be asked; see Driver.
+
+        Its API is there before the guest is: the threads of the vCPUs are the last that is built.
+        """
+        return has_thread(pid, _VCPU_THREAD)
+
+    def explain(self, lines: Sequence[str]) -> str:
+        """Return the chain of causes, which follows one line each; see Driver."""
+        for number, line in reversed(list(enumerate(lines))):
+            if _CHAIN in line:
+                links = [_LINK.fullmatch(after) for after in lines[number + 1 :]]
+                causes = [link[1] for link in links if link]
+                if causes:
+                    return ": ".join(causes)
+        return last_line([line for line in lines if not _CHATTER.search(line)])
+
+    @asynccontextmanager
+    async def connect(
+        self, socket: int, directory: Directory
+    ) -> AsyncIterator["CloudHypervisorVmm"]:
+        """Talk to a running Cloud Hypervisor; see Driver."""
+        yield CloudHypervisorVmm(HttpApi(socket, "Cloud Hypervisor"))
+
+    def _has_device(self) -> bool:
+        return userfault.device_opens() if self._device is None else self._device
+
+    def _restore_mode(self, config: VmConfig) -> str:
+        """Return how memory is loaded; raise Unsupported for a way that is named and not there."""
+        if config.restore_mode == "copy":
+            return "copy"
+        unprivileged = self._unprivileged
+        if unprivileged is None:
+            unprivileged = userfault.is_unprivileged()
+        if unprivileged or self._has_device():
+            return "ondemand"
+        if config.restore_mode == "ondemand":
+            raise Unsupported(
+                f"memory cannot be loaded on demand on this host: {userfault.REMEDY}; or set "
+                "restore_mode to copy, or to auto, which copies here"
+            )
+        return "copy"
+
+
+class CloudHypervisorVmm:
+    """A running Cloud Hypervisor; see Vmm."""
+
+    def __init__(self, api: HttpApi) -> None:
+        self._api = api
+
+    async def state(self, timeout: float = 10) -> VmmState:
+        """Return what Cloud Hypervisor says of itself; see Vmm."""
+        try:
+            found = await self._info(timeout)
+        except Failed:
+            # It refuses to describe a VM that it has not got. One that is gone refuses this too.
+            await self._get("vmm.ping", timeout)
+            return VmmState.EMPTY
+        match found:
+            case {"state": str(state)} if state in _STATES:
+                return _STATES[state]
+        raise _unknown("its state")
+
+    async def pause(self, timeout: float = 10) -> None:
+        """Stop the vCPUs; see Vmm."""
+        await self._reach("vm.pause", VmmState.PAUSED, timeout)
+
+    async def resume(self, timeout: float = 10) -> None:
+        """Let the vCPUs go on; see Vmm."""
+        await self._reach("vm.resume", VmmState.RUNNING, timeout)
+
+    async def power_off(self, timeout: float = 10) -> None:
+        """Press the power button, which a guest with ACPI hears; see Vmm."""
+        await self._put("vm.power-button", None, timeout)
+
+    async def stats(self, timeout: float = 10) -> Mapping[str, int]:
+        """Return `vcpus` and, where there is a balloon, `balloon_target`; see Vmm."""
+        match await self._config(timeout):
+            case {"cpus": {"boot_vcpus": int(cpus)}, "balloon": {"size": int(size)}}:
+                return {"vcpus": cpus, "balloon_target": size}
+            case {"cpus": {"boot_vcpus": int(cpus)}}:
+                return {"vcpus": cpus}
+        raise _unknown("its CPUs")
+
+    async def snapshot(
+        self, state: str, memory: str, *, diff: bool = False, timeout: float = 300
+    ) -> None:
+        """Write the paused VM's state and memory beside each other; see Vmm."""
+        where = f"file://{os.path.dirname(state)}"
+        await self._put("vm.snapshot", {"destination_url": where}, timeout)
+
+    async def load(
+        self,
+        state: str,
+        memory: str,
+        *,
+        track_dirty: bool = False,
+        resume: bool = True,
+        timeout: float = 60,
+    ) -> None:
+        """Wait until the snapshot is loaded, which the command line named; see Vmm."""
+        found = await self.state(timeout)  # answered in turn, so after that
+        if found is VmmState.EMPTY:
+            raise Failed("Cloud Hypervisor has loaded no guest")
+        if resume and found is VmmState.PAUSED:
+            await self.resume(timeout)
+
+    async def _config(self, timeout: float) -> Any:
+        match await self._info(timeout):
+            case {"config": dict(config)}:
+                return config
+        raise _unknown("its configuration")
+
+    async def _info(self, timeout: float) -> Any:
+        return await self._get("vm.info", timeout)
+
+    async def _reach(self, command: str, state: VmmState, timeout: float) -> None:
+        """Run a command that is refused when it has nothing to do."""
+        try:
+            await self._put(command, None, timeout)
+        except Failed:
+            if await self.state(timeout) is not state:
+                raise
+
+    async def _get(self, path: str, timeout: float) -> Any:
+        return await self._api.call("GET", f"{_API}/{path}", timeout=timeout)
+
+    async def _put(self, path: str, body: Mapping[str, Any] | None, timeout: float) -> None:
+        await self._api.call("PUT", f"{_API}/{path}", body, timeout=timeout)
+
+
+def _unknown(what: str) -> Failed:
+    return Failed(f"Cloud Hypervisor described {what} in a way that is unknown")
+
+
+def _boot_arguments(vm: Vm) -> list[str]:
+    """Return the whole machine, one option after another."""
+    config, boot = vm.config, vm.config.boot
+    if boot is None:
+        raise Invalid('there is nothing to boot: write {"kernel": …} to boot')
+    _check_possible(config)
+    words = [
+        *("--cpus", f"boot={config.cpu}"),
+        *("--memory", f"size={config.memory}"),
+        *("--rng", f"src={_RANDOM}"),
+        "--watchdog",
+        *("--serial", f"socket={canonical.CONSOLE_SOCKET}"),
+        *("--console", "off"),
+    ]
+    words += ["--kernel", canonical.KERNEL, "--cmdline", boot.cmdline or DEFAULT_CMDLINE]
+    words += ["--initramfs", canonical.INITRD] if boot.initrd else []
+    if config.memory >= _BALLOON_FROM:
+        size = config.memory // _BALLOON_SHARE
+        words += ["--balloon", f"size={size},deflate_on_oom=on,free_page_reporting=on"]
+    disks = [_disk_words(drive, config.cpu) for drive in drives(config, seed=bool(vm.seed))]
+    return [*words, "--disk", *disks] if disks else words
+
+
+def _disk(drive: Drive, cpu: int) -> dict[str, Any]:
+    """Return the options of a disk, by the names that command line and API share.
+
+    A queue for each vCPU. They are tied to no CPU of the host: the unit's limits are what shares
+    those among VMs, and the jail denies the call.
+    """
+    options: dict[str, Any] = {
+        "path": drive.path,
+        "id": _disk_name(drive),
+        "readonly": drive.readonly,
+        # The guest has a cache of its own; what many read is better in the host's.
+        "direct": not drive.readonly,
+        "num_queues": cpu,
+        "queue_size": _QUEUE_SIZE,
+        "backing_files": drive.backing is not None,
+    }
+    return {**options, "serial": drive.serial} if drive.serial else options
+
+
+def _disk_words(drive: Drive, cpu: int) -> str:
+    shown = {True: "on", False: "off"}
+    options = {**_disk(drive, cpu), "image_type": drive.format}
+    return ",".join(
+        f"{name}={shown[value] if isinstance(value, bool) else value}"
+        for name, value in options.items()
+    )
+
+
+def _disk_name(drive: Drive) -> str:
+    """Return what the VMM calls the disk, whatever else comes and goes beside it."""
+    if drive.role == "layer":
+        return f"disk-{os.path.basename(drive.path)}"
+    return os.path.basename(drive.path).rpartition(".")[0]
+
+
+def _check_possible(config: VmConfig) -> None:
+    """Raise Unsupported or Invalid for what this backend does not do."""
+    if config.track_dirty:
+        raise Unsupported(
+            "Cloud Hypervisor keeps no record of changed memory: set track_dirty to no, or "
+            "hypervisor to firecracker"
+        )
+    if config.boot is not None and config.boot.firmware:
+        raise Unsupported("Cloud Hypervisor VMs boot no firmware yet: boot a kernel")
+    if config.most_cpu > config.cpu:
+        raise Unsupported(
+            f"Cloud Hypervisor VMs get no CPUs later yet (max_cpu {config.max_cpu}, cpu "
+            f"{config.cpu}): write the same to both"
+        )
+    if config.most_memory > config.memory:
+        raise Unsupported(
+            f"Cloud Hypervisor VMs get no memory later yet (max_memory "
+            f"{show_size(config.max_memory)}, memory {show_size(config.memory)}): write the same "
+            "to both"
+        )

@@ -1,0 +1,229 @@
+"""Cloud Hypervisor's command line and requests, against the API description that it publishes."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from agent.model import canonical
+from agent.model.access import Access
+from agent.model.config import BaseImage, Boot, Disk, VmConfig
+from agent.model.errors import Damaged, Failed, Invalid, Unsupported
+from agent.model.size import MIB
+from agent.model.vm import Vm
+from agent.vmm import cloud_hypervisor
+from agent.vmm.cloud_hypervisor import CloudHypervisor, CloudHypervisorVmm
+from agent.vmm.driver import Version, VmmState
+
+pytestmark = pytest.mark.anyio
+API = json.loads((Path(__file__).parents[1] / "data/cloud-hypervisor-53.json").read_text())
+SCHEMAS = API["components"]["schemas"]
+VERSION = Version("/usr/bin/cloud-hypervisor", "53.0", (53, 0))
+
+
+def plan(seed="", **config):
+    given = VmConfig(**{"boot": Boot(kernel="vmlinuz"), "memory": 64 * MIB} | config)
+    vm = Vm("a" * 26, "web", 70000, Access(0, 0), given, seed=seed)
+    return CloudHypervisor().plan(vm, VERSION)
+
+
+def values(launch, option):
+    """What follows each `option`, up to the next one."""
+    words = launch.boot_arguments
+    start = words.index(option) + 1 if option in words else len(words)
+    rest = words[start:]
+    return rest[: next((at for at, word in enumerate(rest) if word[:2] == "--"), len(rest))]
+
+
+def settings(text):
+    return dict(part.split("=", 1) for part in text.split(","))
+
+
+def test_the_guest_is_built_from_the_command_line_alone():
+    launch = plan(cpu=2, boot=Boot(kernel="k", initrd="i", cmdline='a="b c" d'))
+    assert launch.arguments == ("--api-socket", canonical.API_SOCKET)
+    assert values(launch, "--kernel") == (canonical.KERNEL,)
+    assert values(launch, "--initramfs") == (canonical.INITRD,)
+    assert values(launch, "--cmdline") == ('a="b c" d',)
+    assert settings(values(launch, "--cpus")[0]) == {"boot": "2"}
+    assert values(launch, "--serial") == (f"socket={canonical.CONSOLE_SOCKET}",)
+    assert ("--console", "off") in pairwise(launch.boot_arguments)
+    assert launch.memory > 64 * MIB
+
+
+@pytest.mark.parametrize(
+    ("option", "schema"),
+    [("--memory", "MemoryConfig"), ("--balloon", "BalloonConfig"), ("--rng", "RngConfig")],
+)
+def test_every_word_is_in_the_published_description(option, schema):
+    (text,) = values(plan(memory=512 * MIB), option)
+    assert settings(text).keys() <= SCHEMAS[schema]["properties"].keys()
+
+
+def test_disks_are_what_they_are_said_to_be():
+    disks = (Disk(name="d", size=MIB, serial="blue-42", readonly=True), Disk(path="/dev/sdb"))
+    base = BaseImage("ab" * 32, "qcow2", MIB)
+    launch = plan(cpu=2, disks=disks, image="debian", base=base, storage=2 * MIB, seed="x")
+    overlay, data, host, seed = map(settings, values(launch, "--disk"))
+    for disk in (overlay, data, host, seed):
+        assert disk.keys() <= SCHEMAS["DiskConfig"]["properties"].keys()
+        assert disk["num_queues"] == "2"
+    assert overlay["image_type"] == "qcow2"
+    assert overlay["backing_files"] == "on"
+    assert (data["image_type"], data["readonly"], data["serial"]) == ("raw", "on", "blue-42")
+    # Nothing but an overlay of the agent's own may lead to another file.
+    assert {disk["backing_files"] for disk in (data, host, seed)} == {"off"}
+    assert host["path"] == f"{canonical.DISKS}/1"
+    assert (seed["path"], seed["readonly"]) == (f"{canonical.VM}/{canonical.SEED}", "on")
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        ({"boot": Boot(firmware="f")}, "firmware"),
+        ({"max_cpu": 2}, "max_cpu"),
+        ({"max_memory": 128 * MIB}, "max_memory"),
+        ({"track_dirty": True}, "track_dirty"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_by_name(config, word):
+    with pytest.raises(Unsupported, match=word):
+        plan(**config)
+
+
+def test_nothing_to_boot_is_said():
+    with pytest.raises(Invalid, match="nothing to boot"):
+        plan(boot=None)
+
+
+async def test_an_old_version_is_refused_with_the_remedy(tmp_path):
+    program = tmp_path / "cloud-hypervisor"
+    program.write_text("#!/bin/sh\necho cloud-hypervisor v52.1\n")
+    program.chmod(0o755)
+    with pytest.raises(Unsupported, match=r"52\.1.*from 53\.0 work"):
+        await CloudHypervisor(str(program)).version()
+    program.write_text("#!/bin/sh\necho cloud-hypervisor v53.0-dirty\n")
+    assert (await CloudHypervisor(str(program)).version()).numbers == (53, 0)
+
+
+class Api:
+    """A VMM made from the description: it refuses what that lacks, and keeps a VM's states."""
+
+    def __init__(self, state="Running", config=None):
+        self.state = state
+        self.config = {"cpus": {"boot_vcpus": 2, "max_vcpus": 2}} | (config or {})
+        self.calls: list[str] = []
+        self.bodies: list[object] = []
+
+    async def call(self, method, path, body=None, *, timeout):
+        route = path.removeprefix("/api/v1")
+        assert API["servers"][0]["url"].endswith("/api/v1")
+        operation = API["paths"][route][method.lower()]
+        assert ("requestBody" in operation) == (body is not None)
+        if body is not None:
+            (content,) = operation["requestBody"]["content"].values()
+            schema = SCHEMAS[content["schema"]["$ref"].rpartition("/")[2]]
+            assert schema.get("required", []) <= [*body]
+            assert body.keys() <= schema["properties"].keys()
+            self.bodies.append(body)
+        self.calls.append(route)
+        moves = {"/vm.pause": ("Running", "Paused"), "/vm.resume": ("Paused", "Running")}
+        if route == "/vm.info":
+            return {"state": self.state, "config": self.config}
+        if route in moves:
+            before, after = moves[route]
+            if self.state != before:
+                raise Failed(f"invalid transition from {self.state} to {after}")
+            self.state = after
+        elif route == "/vm.power-button":
+            assert self.state == "Running"
+        return None
+
+
+async def test_a_life_keeps_to_the_vms_states():
+    api = Api()
+    vmm = CloudHypervisorVmm(api)
+    assert await vmm.state() is VmmState.RUNNING
+    for _ in range(2):  # what is so already stays so
+        await vmm.pause()
+        assert await vmm.state() is VmmState.PAUSED
+    for _ in range(2):
+        await vmm.resume()
+        assert await vmm.state() is VmmState.RUNNING
+    await vmm.power_off()
+    assert api.calls[-1] == "/vm.power-button"
+
+
+def test_all_states_of_the_description_are_known():
+    assert cloud_hypervisor._STATES.keys() >= set(SCHEMAS["VmState"]["enum"])
+
+
+async def test_figures_come_from_its_own_description():
+    assert await CloudHypervisorVmm(Api()).stats() == {"vcpus": 2}
+    with_balloon = Api(config={"balloon": {"size": 128 * MIB}})
+    assert await CloudHypervisorVmm(with_balloon).stats() == {
+        "vcpus": 2,
+        "balloon_target": 128 * MIB,
+    }
+
+
+@pytest.mark.parametrize("answer", [None, [], {"state": "Flying", "config": {}}, {"config": {}}])
+async def test_an_answer_that_is_none_is_a_failure(answer):
+    class Strange:
+        async def call(self, *arguments, **more):
+            return answer
+
+    with pytest.raises(Failed, match="unknown"):
+        await CloudHypervisorVmm(Strange()).state()
+
+
+async def test_a_snapshot_goes_beside_each_other_into_the_vms_directory():
+    api = Api()
+    where = f"{canonical.VM}/save"
+    await CloudHypervisorVmm(api).snapshot(f"{where}/state.json", f"{where}/memory-ranges")
+    assert api.bodies == [{"destination_url": f"file://{where}"}]
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"\xff" * 10])
+def test_a_state_that_is_no_json_object_is_damaged(damage):
+    with pytest.raises(Damaged):
+        CloudHypervisor().check_state(damage)
+
+
+@pytest.mark.parametrize(
+    ("mode", "device", "unprivileged", "expected"),
+    [
+        ("auto", True, False, "ondemand"),
+        ("auto", False, True, "ondemand"),
+        ("auto", False, False, "copy"),
+        ("copy", True, True, "copy"),
+        ("ondemand", True, False, "ondemand"),
+    ],
+)
+def test_memory_is_loaded_as_the_host_and_the_vm_allow(mode, device, unprivileged, expected):
+    driver = CloudHypervisor(device=device, unprivileged=unprivileged)
+    config = VmConfig(boot=Boot(kernel="k"), restore_mode=mode)
+    vm = Vm("a" * 26, "web", 70000, Access(0, 0), config)
+    launch = driver.plan(vm, VERSION, loads=True)
+    assert launch.restore_mode == expected
+    option, text = launch.load_arguments
+    assert option == "--restore"
+    given = settings(text)
+    assert given.keys() <= SCHEMAS["RestoreConfig"]["properties"].keys()
+    assert given["memory_restore_mode"] == expected
+    assert ("/dev/userfaultfd" in launch.devices) == (expected == "ondemand" and device)
+
+
+def test_a_way_to_load_memory_that_is_not_there_says_which_to_use():
+    driver = CloudHypervisor(device=False, unprivileged=False)
+    config = VmConfig(boot=Boot(kernel="k"), restore_mode="ondemand")
+    vm = Vm("a" * 26, "web", 70000, Access(0, 0), config)
+    with pytest.raises(Unsupported, match="restore_mode to copy"):
+        driver.plan(vm, VERSION, loads=True)
+
+
+def test_the_causes_of_its_end_are_told_in_one_line():
+    lines = ["x> WARN: y", "Error: exited with the following chain of errors:", "  0: a", "  1: b"]
+    assert CloudHypervisor().explain(lines) == "a: b"
+    assert CloudHypervisor().explain(["it broke", "x> WARN: y"]) == "it broke"
