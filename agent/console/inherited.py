@@ -46,18 +46,13 @@ class Inherited:
         """Leave nothing for the VM."""
         self._send(b"FDSTOREREMOVE=1\nFDNAME=" + _name(vm_id), [])
 
-    def close(self) -> None:
-        """Let go of what nobody took."""
-        while self._found:
-            os.close(self._found.popitem()[1])
-
     def _send(self, message: bytes, ancillary: list[tuple[int, int, bytes]]) -> None:
         if not self._notify_socket:
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notify:
             notify.setblocking(False)
             try:
-                notify.connect(self._notify_socket.replace("@", "\0", 1))
+                notify.connect(_address(self._notify_socket))
                 notify.sendmsg([message], ancillary)
             except OSError:
                 return  # the console works all the same, until an agent dies
@@ -65,3 +60,8 @@ class Inherited:
 
 def _name(vm_id: str) -> bytes:
     return f"{_PREFIX}{vm_id}".encode()
+
+
+def _address(path: str) -> str:
+    """Return the address of a socket, of which `@` at the start tells that it is abstract."""
+    return f"\0{path[1:]}" if path.startswith("@") else path

@@ -239,7 +239,7 @@ def _check_possible(config: VmConfig) -> None:
     """Raise Unsupported for what no Firecracker does."""
     assert config.boot is not None
     if config.boot.firmware:
-        raise Unsupported(f"Firecracker boots no firmware: {_OTHERS}; or boot a kernel")
+        raise Unsupported("Firecracker boots no firmware: boot a kernel, or an image with qemu")
     if config.cpu > _MAXIMUM_CPUS:
         raise Unsupported(
             f"Firecracker gives a VM at most {_MAXIMUM_CPUS} CPUs, not {config.cpu}: {_OTHERS}"
@@ -247,12 +247,12 @@ def _check_possible(config: VmConfig) -> None:
     if config.most_cpu > config.cpu:
         raise Unsupported(
             f"Firecracker cannot add CPUs later (max_cpu {config.max_cpu}, cpu {config.cpu}): "
-            "cloud-hypervisor can; or write the same to both"
+            "no backend can yet, write the same to both"
         )
     if config.most_memory > config.memory:
         raise Unsupported(
             f"Firecracker cannot add memory later (max_memory {show_size(config.max_memory)}, "
-            f"memory {show_size(config.memory)}): cloud-hypervisor can; or write the same to both"
+            f"memory {show_size(config.memory)}): no backend can yet, write the same to both"
         )
     if any(drive.format != "raw" for drive in drives(config)):
         raise Unsupported(
