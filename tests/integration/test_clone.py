@@ -1,19 +1,23 @@
 """Clones: VMs whose first start goes on from a snapshot, with real VMMs."""
 
 import concurrent.futures
+import contextlib
 import errno
+import hashlib
 import json
 import os
 import signal
 import struct
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jail_report import Report, identities_below
 from snapshot_tools import archive, described, extract, last_count, names, pack, refused, write_once
 
+from agent.model import canonical
 from agent.model.snapshot import STATE_FILES
 from agent.model.vmstate import crc64
 
@@ -173,27 +177,67 @@ def test_a_clone_whose_snapshot_went_away_before_is_enoent(agent, taken, make_vm
 
 
 @pytest.mark.backends(core=True)
-def test_what_clones_share_cannot_be_written_by_a_vmm(agent, taken, clone, backend):
+def test_a_clone_that_was_taken_over_changes_no_snapshot_and_no_sibling(
+    agent, taken, make_vm, clone, backend, until
+):
+    """tests/guest/inside.c is loaded in the VMM's place, by the agent, in the jail of a clone."""
     name, _, _ = taken
-    vm = clone(name)
-    directory = agent.root_dir / "vms" / vm.read("id")
-    uid = directory.stat().st_uid
+    sibling = clone(name)
     kept = agent.root_dir / "snapshots" / described(agent, name)["id"]
-    inodes = {path.stat().st_ino for path in kept.iterdir()}
-    all_shared = {path.name for path in directory.iterdir() if path.stat().st_ino in inodes}
+    of_sibling = agent.root_dir / "vms" / sibling.read("id")
+    before = contents(kept)
+    with another_program(agent, Path(os.environ["COCOON_TEST_GUESTS"], "inside")):
+        vm = make_vm(hypervisor=None, memory=None, boot=None)
+        vm.write("from", name)
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            start = threads.submit(vm.verb, "start")
+            until(lambda: vm.read("console").endswith("\nend"), what="all was tried")
+            report = Report.of(vm.read("console").splitlines()[:-1])
+            own = agent.root_dir / "vms" / vm.read("id")
+            shared = identities_below(kept) & identities_below(own)
+            vm.verb("kill")
+            with pytest.raises(OSError, match=r"Errno"):
+                start.result()
+    seen = {seen.path: seen for seen in report.seen}
+    assert seen[f"{canonical.VM}/{canonical.COW}"].access == "rw-"
     # QEMU would need to write to the memory that it loads: each clone of its has a copy.
     files = STATE_FILES[backend]
-    assert all_shared == {*files.small} | ({files.memory} if backend != "qemu" else set())
-    for shared in all_shared:
-        assert (directory / shared).stat().st_uid == 0
-        command = f"echo damage >> {shared} || chmod u+w {shared}"
-        words = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
-        words += ["sh", "-c", command]
-        # The directories above are root's alone: the VMM sees its own by a bind mount.
-        done = subprocess.run(
-            words, cwd=directory, capture_output=True, timeout=60, preexec_fn=None
-        )
-        assert done.returncode != 0
+    expected = {*files.small} | ({files.memory} if backend != "qemu" else set())
+    in_jail = {Path(path).name for path, file in seen.items() if file.identity in shared}
+    assert in_jail == expected
+    foreign = identities_below(kept) | identities_below(of_sibling)
+    assert [file for file in seen.values() if file.identity in foreign and "w" in file.access] == []
+    assert seen[canonical.KERNEL].access == "r--"
+    assert report.changed == []
+    assert contents(kept) == before
+    sibling.wait_counting()
+
+
+def contents(directory: Path) -> dict[str, tuple[str, int, int]]:
+    """Digest, mode and owner of each file."""
+    found = {}
+    for path in directory.iterdir():
+        status = path.stat()
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        found[path.name] = digest, status.st_mode, status.st_uid
+    return found
+
+
+@contextlib.contextmanager
+def another_program(agent: Any, program: Path) -> Iterator[None]:
+    """Let the agent take `program` for each of its VMMs."""
+    drop_in = Path("/run/systemd/system/cocoon-host.service.d/50-program.conf")
+    drop_in.parent.mkdir(parents=True, exist_ok=True)
+    variables = (f"COCOON_{name}={program}" for name in ("FIRECRACKER", "QEMU", "CLOUD_HYPERVISOR"))
+    drop_in.write_text(f"[Service]\nEnvironment={' '.join(variables)}\n")
+    subprocess.run(["systemctl", "daemon-reload"], check=True, timeout=60)
+    agent.restart()
+    try:
+        yield
+    finally:
+        drop_in.unlink()
+        subprocess.run(["systemctl", "daemon-reload"], check=True, timeout=60)
+        agent.restart()
 
 
 @pytest.mark.backends(core=True)

@@ -8,82 +8,26 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from jail_report import Identity, Report, identities_below, identity
 
 from agent.helpers import stop, stop_post
 from agent.model import canonical
+from agent.model.access import Access
+from agent.model.config import VmConfig
+from agent.model.launch import LaunchPlan
+from agent.model.vm import Vm
 from agent.systemd.drop_in import DIRECTORY as DROP_IN
 from agent.systemd.drop_in import FILE
 from agent.systemd.users import USERDB
-from tests.integration.vm_units import VmUnit, VmUnits, systemctl
+from agent.vmm.cloud_hypervisor import CloudHypervisor
+from agent.vmm.driver import Version
+from tests.integration.vm_units import MIB, VmUnit, VmUnits, systemctl
 
 REFUSED = {"EPERM", "EACCES", "EAFNOSUPPORT", "SIGSYS"}
-Identity = tuple[int, int]
-"""Device and inode: the same file by whatever path."""
-
-
-def identity(path: str | Path) -> Identity:
-    status = os.lstat(path)
-    return status.st_dev, status.st_ino
-
-
-def identities_below(directory: str | Path) -> set[Identity]:
-    return {identity(directory)} | {identity(path) for path in Path(directory).rglob("*")}
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A path that the program inside sees."""
-
-    path: str
-    kind: str
-    identity: Identity
-    access: str
-
-
-@dataclass
-class Report:
-    """What the program inside tried, and what came of it."""
-
-    seen: list[Seen] = field(default_factory=list)
-    made: set[str] = field(default_factory=set)
-    descriptors: dict[int, tuple[str, Identity, int]] = field(default_factory=dict)
-    calls: dict[str, str] = field(default_factory=dict)
-    processes: dict[tuple[int, str], str] = field(default_factory=dict)
-    sockets: dict[str, str] = field(default_factory=dict)
-    interfaces: list[str] = field(default_factory=list)
-    status: dict[str, str] = field(default_factory=dict)
-    environment: dict[str, str] = field(default_factory=dict)
-
-    def add(self, topic: str, words: list[str]) -> None:
-        match topic:
-            case "path":
-                path, kind, _, _, _, device, inode, _, access = words
-                self.seen.append(Seen(path, kind, (int(device), int(inode)), access))
-            case "made":
-                self.made.add(words[0])
-            case "descriptor":
-                number, kind, device, inode, flags = words
-                file = int(device), int(inode)
-                self.descriptors[int(number)] = kind, file, int(flags, 8)
-            case "call":
-                self.calls[words[0]] = words[1]
-            case "process":
-                self.processes[int(words[0]), words[1]] = words[2]
-            case "socket":
-                self.sockets[words[0]] = words[1]
-            case "interface":
-                self.interfaces.append(words[0])
-            case "status":
-                self.status[words[0]] = words[1]
-            case "environment":
-                name, _, value = words[0].partition("=")
-                self.environment[name] = value
-            case _:
-                raise ValueError(topic)
 
 
 @dataclass
@@ -102,8 +46,9 @@ class Inside:
         return self.unit.console.read_until(rb"^.+\n").decode().strip()
 
 
-@pytest.fixture(scope="module")
-def inside() -> Iterator[Inside]:
+@pytest.fixture(scope="module", params=["firecracker", "cloud-hypervisor"])
+def inside(request: pytest.FixtureRequest) -> Iterator[Inside]:
+    """The unit is that of a VM of the backend which loads a snapshot, and has most."""
     firecracker = shutil.which("firecracker")
     assert firecracker is not None
     guests = Path(os.environ["COCOON_TEST_GUESTS"])
@@ -132,16 +77,17 @@ def inside() -> Iterator[Inside]:
         ]
         arguments = [word for pid in processes for word in ("-p", str(pid))]
         arguments += [word for name in sockets for word in ("-s", name)]
-        unit = units.program(str(guests / "inside"), *arguments, restart="no")
+        program = str(guests / "inside")
+        if request.param == "firecracker":
+            unit = units.program(program, *arguments, restart="no")
+        else:
+            unit = units.make(_cloud_hypervisor(program, arguments), "cloud-hypervisor")
         # Something that a VM has: a disk, and a kernel that it shares with others.
         disk = Path(unit.paths.directory, canonical.COW)
         disk.write_bytes(b"disk")
         os.chown(disk, unit.vm.uid, unit.vm.uid)
         assert unit.start() == "done"
-        report = Report()
-        for line in unit.console.read_until(rb"^end\n").decode().splitlines()[:-1]:
-            topic, *words = line.split("\t")
-            report.add(topic, words)
+        report = Report.of(unit.console.read_until(rb"^end\n").decode().splitlines()[:-1])
         yield Inside(unit, other, victim.pid, "@test-jail", report)
     finally:
         units.remove()
@@ -150,13 +96,21 @@ def inside() -> Iterator[Inside]:
         abstract.close()
 
 
+def _cloud_hypervisor(program: str, arguments: list[str]) -> LaunchPlan:
+    """What the driver launches to load a clone, but with a program of ours for its binary."""
+    driver = CloudHypervisor(device=True, unprivileged=False)
+    vm = Vm(id="", name="", uid=0, access=Access(0, 0), config=VmConfig(memory=64 * MIB))
+    plan = driver.plan(vm, Version(program, "53.0", (53, 0)), loads=True)
+    assert set(plan.devices) == {"/dev/kvm", "/dev/urandom", "/dev/userfaultfd"}
+    return replace(plan, arguments=tuple(arguments), load_arguments=())
+
+
 def read_by_root(inside: Inside) -> set[Identity]:
     """All that root or systemd reads for this VM, and the directories on the way there."""
     paths = inside.unit.paths
     files = [
         paths.environment,
-        paths.console_input,
-        paths.console_output,
+        *([] if inside.unit.plan.serial_socket else [paths.console_input, paths.console_output]),
         f"{DROP_IN}/{FILE}",
         f"/run/systemd/transient/{inside.unit.name}",
         f"{USERDB}/{inside.unit.vm.uid}.user",
@@ -185,7 +139,7 @@ def test_it_sees_no_file_but_its_own(inside):
     known = identities_below(unit.paths.jail)
     known |= identities_below(unit.paths.directory)
     known |= identities_below(unit.paths.sockets)
-    known |= {identity(path) for path in (unit.plan.binary, "/dev/kvm")}
+    known |= {identity(path) for path in (unit.plan.binary, *unit.plan.devices)}
     # What systemd puts into every root that it makes.
     known |= {identity("/run/systemd/notify"), identity(f"/run/systemd/propagate/{unit.name}")}
     known |= identities_below("/run/systemd/inaccessible")
@@ -214,7 +168,8 @@ def test_it_sees_no_file_or_socket_of_another_vm(inside):
 
 def test_it_has_no_device_but_its_own(inside):
     devices = [seen for seen in inside.report.seen if seen.kind in "cb"]
-    assert [(seen.path, seen.access) for seen in devices] == [("/dev/kvm", "rw-")]
+    own = {(path, "rw-") for path in inside.unit.plan.devices}
+    assert {(seen.path, seen.access) for seen in devices} == own
 
 
 def test_it_reaches_no_socket(inside):
@@ -276,7 +231,8 @@ def test_it_can_write_nothing_that_root_or_systemd_reads(inside):
         seen.path: seen.identity for seen in inside.report.seen if seen.path in inside.report.made
     }
     inside_vm = [path for path in writable if path.startswith((canonical.VM, canonical.SOCKETS))]
-    assert set(writable) == {*inside_vm, "/dev/kvm"}
+    assert set(writable) == {*inside_vm, *inside.unit.plan.devices}
+    assert inside.report.changed == []
     sensitive = read_by_root(inside)
     assert [path for path, file in writable.items() if file in sensitive] == []
 
@@ -285,6 +241,10 @@ def test_its_descriptors_are_the_console_and_the_journal(inside):
     paths = inside.unit.paths
     descriptors = inside.report.descriptors
     assert sorted(descriptors) == [0, 1, 2]
+    if inside.unit.plan.serial_socket:
+        assert descriptors[0][:2] == ("c", identity("/dev/null"))
+        assert (descriptors[1][0], descriptors[2][0]) == ("s", "s")
+        return
     kind, file, flags = descriptors[0]
     assert (kind, file) == ("p", identity(paths.console_input))
     assert flags & os.O_ACCMODE == os.O_RDONLY

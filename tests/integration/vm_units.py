@@ -52,15 +52,30 @@ def with_manager(call: Callable[[Manager], Any]) -> Any:
 
 
 class Console:
-    """Both ends of a unit's console, as its agent holds them."""
+    """A unit's console, as its agent holds it: both ends of FIFOs, or the client of a socket."""
 
-    def __init__(self, paths: Paths) -> None:
+    def __init__(self, paths: Paths, serial_socket: bool) -> None:
+        self.seen = b""
+        self.socket = f"{paths.sockets}/console" if serial_socket else ""
+        if serial_socket:
+            return
         for path in (paths.console_input, paths.console_output):
             if not os.path.exists(path):
                 os.mkfifo(path, 0o600)
         self.input = os.open(paths.console_input, os.O_RDWR | os.O_NONBLOCK)
         self.output = os.open(paths.console_output, os.O_RDWR | os.O_NONBLOCK)
-        self.seen = b""
+
+    def attach(self) -> None:
+        """Connect to a socket, which is there some time after the start."""
+        if not self.socket:
+            return
+        deadline = time.monotonic() + PATIENCE
+        with socket.socket(socket.AF_UNIX) as client:
+            while client.connect_ex(self.socket):
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"nobody serves {self.socket}")
+                time.sleep(0.01)
+            self.input, self.output = os.dup(client.fileno()), client.detach()
 
     def read_until(self, pattern: bytes) -> bytes:
         """Return and forget the output up to the first match of the pattern."""
@@ -106,7 +121,7 @@ class VmUnit:
             os.chown(path, self.vm.uid, self.vm.uid)
         self.write_environment()
         write_user(self.vm.uid)
-        self.console = Console(self.paths)
+        self.console = Console(self.paths, self.plan.serial_socket)
 
     def write_environment(self, boot: bool = True) -> None:
         content = environment_file(self.vm, self.plan, self.paths, boot)
@@ -130,7 +145,9 @@ class VmUnit:
     def start(self) -> str:
         """Start the unit and return its job's result."""
         properties = vm_unit(self.vm, self.plan, self.paths)
-        return str(with_manager(lambda manager: manager.start_transient(self.name, properties)))
+        result = with_manager(lambda manager: manager.start_transient(self.name, properties))
+        self.console.attach()
+        return str(result)
 
     def stop(self) -> None:
         systemctl("stop", self.name)
@@ -191,7 +208,7 @@ class VmUnits:
         plan = LaunchPlan(path, arguments, (), {}, 128 * MIB)
         return self.make(plan, **config)
 
-    def make(self, plan: LaunchPlan, **config: Any) -> VmUnit:
+    def make(self, plan: LaunchPlan, hypervisor: str = "firecracker", **config: Any) -> VmUnit:
         identity = new_id()
         vm = Vm(
             id=identity,
@@ -199,7 +216,7 @@ class VmUnits:
             uid=FIRST_UID + 30_000 + int.from_bytes(os.urandom(2)) % 4000,
             access=Access(0, 0),
             config=VmConfig(**config),
-            hypervisor="firecracker",
+            hypervisor=hypervisor,
         )
         run, directory = (str(DIRECTORY / where / identity) for where in ("run", "vms"))
         self.made.append(VmUnit(vm, plan, Paths(run, directory, self.jail)))
