@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent.model import canonical
+from agent.vmm.cloud_hypervisor import CloudHypervisor
 from agent.vmm.driver import Driver
 from agent.vmm.firecracker import Firecracker
 from agent.vmm.qemu import Qemu
@@ -19,13 +20,15 @@ from agent.vmm.qemu_state import HEAD_SIZE
 class Step:
     """What is sent, and what the VMM says then; `file` of the VM's directory goes with it.
 
-    QEMU reads the file from `offset` on.
+    QEMU reads the file from `offset` on. It is sent again, a moment later, when the answer has one
+    of `not_yet`.
     """
 
     request: bytes
     answer: bytes
     file: str = ""
     offset: int = 0
+    not_yet: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,4 +120,23 @@ QEMU = Backend(
     others=0,
 )
 
-BACKENDS: Mapping[str, Backend] = {backend.name: backend for backend in (FIRECRACKER, QEMU)}
+_IS_RUNNING = Step(
+    _http("GET", "/api/v1/vm.info"),
+    b'"state":"Running"',
+    not_yet=(b'"state":"', b"HTTP/1.1 404", b"HTTP/1.1 500"),
+)
+
+CLOUD_HYPERVISOR = Backend(
+    name="cloud-hypervisor",
+    driver=CloudHypervisor,
+    ask=(_IS_RUNNING,),
+    load=(_IS_RUNNING,),  # what to load is on its command line
+    linked=("memory-ranges", "state.json", "config.json"),
+    copied=(canonical.COW,),
+    burst=64,
+    others=128,
+)
+
+BACKENDS: Mapping[str, Backend] = {
+    backend.name: backend for backend in (FIRECRACKER, QEMU, CLOUD_HYPERVISOR)
+}

@@ -44,6 +44,7 @@ PREFIX = "floor-"
 RUN = "/run/floor"
 ROOT = "/var/lib/cocoon/floor"
 PATIENCE = 20.0
+_AGAIN = 0.001
 _SYSTEMD = "org.freedesktop.systemd1"
 _BUS = "org.freedesktop.DBus"
 _IN_CREATE = 0x100  # inotify(7)
@@ -125,11 +126,13 @@ class Unit:
     api: socket.socket = field(default_factory=lambda: socket.socket(socket.AF_UNIX))
     heard: bytes = b""
     said: int = 0
+    ask_again: float = 0
 
     def say(self) -> None:
         """Take the next step of the talk."""
         step = self.talk[self.said]
         self.said += 1
+        self.ask_again = 0
         self.heard = b""
         if step.file:
             file = os.open(f"{self.paths.directory}/{step.file}", os.O_RDONLY | os.O_CLOEXEC)
@@ -142,16 +145,22 @@ class Unit:
 
     def hear(self) -> bool:
         """Take what the VMM says; whether that was the end of the talk."""
-        data = self.api.recv(4096)
+        data = self.api.recv(1 << 16)
         self.heard += data
-        expected = self.talk[self.said - 1].answer
-        if expected not in self.heard:
-            wrong = not data or not self.heard.startswith(b"{") or b'"error"' in self.heard
-            assert not wrong, f"{self.name}: {self.heard!r}"
-        elif self.said == len(self.talk):
-            return True
-        else:
+        step = self.talk[self.said - 1]
+        if step.answer in self.heard:
+            if self.said == len(self.talk):
+                return True
             self.say()
+            return False
+        if any(words in self.heard for words in step.not_yet):
+            assert time.perf_counter() < self.began + PATIENCE, f"{self.name}: {self.heard!r}"
+            self.said -= 1
+            self.ask_again = time.perf_counter() + _AGAIN
+            return False
+        wrong = not self.heard.startswith(b"{") or b'"error"' in self.heard
+        gone = not data or (wrong and not step.not_yet)
+        assert not gone, f"{self.name}: {self.heard!r}"
         return False
 
 
@@ -270,7 +279,7 @@ class Floor:
                 *("StartTransientUnit", "ssa(sv)a(sa(sv))", body),
             )
             unit.job_done = unit.socket_seen = unit.running = 0
-            unit.said = 0
+            unit.said = unit.ask_again = 0
             unit.api = socket.socket(socket.AF_UNIX)
         with _Starting(self._bus, units) as starting:
             return starting.run(at_once)
@@ -332,8 +341,12 @@ class _Starting:
         while self._waiting or self._open:
             while self._waiting and self._open < at_once:
                 self._begin(self._waiting.pop())
-            events = self._selector.select(PATIENCE)
-            if not events:
+            asking = [unit for unit in self._by_name.values() if unit.ask_again]
+            events = self._selector.select(_AGAIN if asking else PATIENCE)
+            for unit in asking:
+                if unit.ask_again <= time.perf_counter():
+                    unit.say()
+            if not events and not asking:
                 stuck = [unit.name for unit in self._by_name.values() if not unit.running]
                 raise TimeoutError(f"{', '.join(stuck)} did not start: see its journal")
             for key, _ in events:
@@ -370,9 +383,10 @@ class _Starting:
         offset = 0
         while offset < len(data):
             watch = int.from_bytes(data[offset : offset + 4], "little", signed=True)
-            offset += 16 + int.from_bytes(data[offset + 12 : offset + 16], "little")
+            name_at = offset + 16
+            offset = name_at + int.from_bytes(data[offset + 12 : name_at], "little")
             unit = self._by_watch[watch]
-            if unit.socket_seen:
+            if unit.socket_seen or data[name_at:offset].rstrip(b"\0") != b"api":
                 continue
             unit.socket_seen = time.perf_counter()
             while True:

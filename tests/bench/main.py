@@ -41,6 +41,7 @@ BENCHES = {
 BACKENDS = {
     "firecracker": tuple(BENCHES),
     "qemu": ("start", "burst", "clone", "clones", "pause"),
+    "cloud-hypervisor": ("start", "burst", "clone", "clones"),
 }
 """The benches that are there for each backend."""
 
