@@ -21,6 +21,7 @@ from .lifecycle.doctor import Doctor
 from .lifecycle.events import Events
 from .lifecycle.host import Host, report
 from .lifecycle.operation import Operations
+from .lifecycle.pause import resume_held
 from .lifecycle.reconcile import ask_vmms, host_has_booted, reconcile
 from .lifecycle.recover import clear_images, clear_snapshots, is_unfinished, recover
 from .lifecycle.services import Services
@@ -114,6 +115,7 @@ async def run(settings: Settings, load: Callable[[], Settings]) -> None:
             async with mounted(host, settings.mount):
                 service.ready()
                 nursery.start_soon(ask_vmms, services, running)
+                nursery.start_soon(resume_held, services, operations)
                 nursery.start_soon(service.feed_watchdog, settings.mount)
                 nursery.start_soon(service.show_status, functools.partial(_status, host))
                 if booted:

@@ -10,9 +10,11 @@ from agent.model.errors import Failed, Invalid, TimedOut
 from agent.model.vm import State, Vm
 from agent.vmm.driver import Vmm
 
+from .operation import Operations
 from .services import Services
 
 _PAUSE_LIMIT = 10.0  # seconds, from the contract's table of verbs
+_HELD_LOOK = 11.0  # seconds; more than one try may take
 
 
 @asynccontextmanager
@@ -31,6 +33,8 @@ async def pause(services: Services, vm_id: str) -> None:
     """Stop the vCPUs, until the user resumes them."""
     vm = services.vm(vm_id)
     if vm.state is State.PAUSED:
+        if not vm.user_paused:
+            services.note(vm_id, user_paused=True, reason="user-pause")
         return
     if vm.state is not State.RUNNING:
         raise Invalid(f"VM {vm.name} is {vm.state}: pause takes a VM that is running")
@@ -49,6 +53,27 @@ async def resume(services: Services, vm_id: str) -> None:
     async with _within_limit(vm, "resume"), connected(services, vm) as vmm:
         await vmm.resume()
     services.note(vm_id, state=State.RUNNING, user_paused=False, reason="user-resume")
+
+
+async def resume_held(services: Services, operations: Operations) -> None:
+    """Let guests go on that stand still though no user paused them, each in its VM's turn.
+
+    Such are left by a VMM that hung in the middle of a snapshot and could not be told to resume.
+    """
+    while True:
+        for vm in services.index.vms.all():
+            if _is_held(vm) and not operations.busy(vm.id):
+                operations.run_in_turn(vm.id, functools.partial(_go_on, services, vm.id))
+        await trio.sleep(_HELD_LOOK)
+
+
+def _is_held(vm: Vm) -> bool:
+    return vm.state is State.PAUSED and not vm.user_paused
+
+
+async def _go_on(services: Services, vm_id: str) -> None:
+    if _is_held(services.vm(vm_id)):
+        await resume(services, vm_id)
 
 
 @asynccontextmanager

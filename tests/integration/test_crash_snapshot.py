@@ -9,6 +9,7 @@ import errno
 import os
 import random
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -242,6 +243,36 @@ def test_deleting(agent, make_vm, until, name, step):
         assert list((vm.path / "snapshots").iterdir()) == []
         settled(agent)
         vm.write("snapshot", name)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("paused_meanwhile", [False, True], ids=["let-be", "paused"])
+def test_a_guest_whose_vmm_hangs_when_it_is_to_resume_goes_on_once_it_answers(
+    agent, make_vm, until, name, paused_meanwhile
+):
+    with dying_at(agent, "take:copied", by="SIGSTOP"):
+        vm = started(make_vm)
+        vmm = vm.pid
+        taking = threading.Thread(target=lambda: vm.write("snapshot", name))
+        taking.start()
+        host = agent.pid
+        until(
+            lambda: " T " in Path(f"/proc/{host}/stat").read_text(), what="the agent stands still"
+        )
+        os.kill(vmm, signal.SIGSTOP)
+        os.kill(host, signal.SIGCONT)
+        taking.join()
+        assert vm.state == "paused"
+        if paused_meanwhile:
+            vm.verb("pause")
+        os.kill(vmm, signal.SIGCONT)
+        if paused_meanwhile:
+            vm.verb("resume")
+        else:
+            vm.wait_for_state("running")
+        vm.wait_counting()
+        counts = vm.counts
+        assert counts == list(range(1, len(counts) + 1))
 
 
 @pytest.mark.long
