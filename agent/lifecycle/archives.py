@@ -5,11 +5,12 @@ import dataclasses
 import logging
 import re
 import time
+from typing import Any
 
 from agent.model.access import Access
 from agent.model.errors import CocoonError, Invalid, Unsupported
 from agent.model.names import check_name, is_name
-from agent.model.snapshot import Snapshot, SnapshotState
+from agent.model.snapshot import BOOT_FILES, Snapshot, SnapshotState
 from agent.storage.importer import ImportSink
 from agent.storage.sink import Sink
 
@@ -60,10 +61,9 @@ class Archives:
         with contextlib.suppress(Unsupported):  # another host can load it
             state = draft.state_files.state
             library.check_state(self._services, draft, lambda: store.read_staged(object_id, state))
-        kernel, initrd = (
-            store.digest(object_id, name) if draft.has_file(name) else ""
-            for name in ("kernel", "initrd")
-        )
+        booted: dict[str, Any] = {
+            name: store.digest(object_id, name) for name in BOOT_FILES if draft.has_file(name)
+        }
         now = time.time()
         return dataclasses.replace(
             draft,
@@ -72,8 +72,7 @@ class Archives:
             created_at=draft.created_at or int(now),
             updated_at=now,
             mtime=now,
-            kernel=kernel,
-            initrd=initrd,
+            **booted,
         )
 
     async def publish(self, draft: Snapshot, name: str, access: Access, size: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from agent.model.errors import CocoonError, Missing
 from agent.model.finding import Finding, Level
 from agent.model.size import GIB, MIB, show_size
+from agent.model.vm import FIRMWARE_FORMATS
 from agent.storage.facts import StorageFacts
 from agent.systemd.facts import Cgroups, SystemdAnswers, SystemdFiles
 from agent.vmm.driver import Version
@@ -42,14 +43,21 @@ def check_kvm(obstacle: str, *, tried: bool) -> Finding:
     return Finding(Level.WARN, name, obstacle, remedy)
 
 
-def check_backend(name: str, found: Version | CocoonError, obstacle: str) -> Finding:
-    """Judge one VMM program: `found` is its version, or why it cannot be used."""
+def check_backend(
+    name: str, found: Version | CocoonError, obstacle: str, firmware: str = ""
+) -> Finding:
+    """Judge one VMM program: `found` is its version, or why it cannot be used.
+
+    `firmware` is the format of what it boots of that kind, see FirmwareFormat.
+    """
     if isinstance(found, Missing):
         detail, _, remedy = str(found).partition(": ")
         return Finding(Level.WARN, name, detail, _SOURCES.get(name, remedy))
     if isinstance(found, CocoonError):
         return Finding(Level.WARN, name, str(found))
     detail = f"version {found.text}, {found.binary}"
+    if firmware:
+        detail += f", boots firmware that is {FIRMWARE_FORMATS[firmware]}"
     if obstacle:
         return Finding(Level.WARN, name, f"{detail}; runs no ordinary guests here, {obstacle}")
     return Finding(Level.OK, name, detail)

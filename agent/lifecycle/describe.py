@@ -67,7 +67,11 @@ def describe_vm(vm: Vm) -> dict[str, Any]:
         "user_paused": vm.user_paused,
         "restored_by": vm.restored_by,
         "hypervisor_version": vm.hypervisor_version,
-        "booted": {"kernel": vm.booted.kernel, "initrd": vm.booted.initrd},
+        "booted": {
+            "kernel": vm.booted.kernel,
+            "initrd": vm.booted.initrd,
+            "firmware": vm.booted.firmware,
+        },
         # Not for everyone who may look at the index: a hash, and what may hold any secret.
         "settings": {
             key: value

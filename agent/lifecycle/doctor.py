@@ -124,9 +124,9 @@ class Doctor:
         found = [checks.check_kvm(kvm, tried=tried)]
         for name in HYPERVISORS:
             if driver := self._drivers.get(name):
-                found.append(
-                    checks.check_backend(name, await _version(driver), await driver.obstacle())
-                )
+                version, obstacle = await _version(driver), await driver.obstacle()
+                firmware = driver.capabilities.firmware
+                found.append(checks.check_backend(name, version, obstacle, firmware))
         chosen = obstacle = ""
         with contextlib.suppress(Unsupported):
             vm, _ = await plan_launch(self._drivers, _ANY)

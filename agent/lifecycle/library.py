@@ -123,7 +123,7 @@ def describe(snapshot: Snapshot) -> dict[str, Any]:
         "source_vm_id": snapshot.source_vm_id,
         "pause_ms": snapshot.pause_ms,
         # QEMU boots the image where no kernel was named.
-        "boots_cold": bool(snapshot.kernel)
+        "boots_cold": bool(snapshot.kernel or snapshot.firmware)
         or (snapshot.hypervisor == "qemu" and bool(snapshot.image_digest)),
         "files": {file.name: file.size for file in snapshot.files},
         "archive_size": snapshot.archive_size,

@@ -16,7 +16,7 @@ from agent.model.errors import CocoonError, Invalid, TimedOut, Unsupported
 from agent.model.image import DIGEST
 from agent.model.pinned import boot_files, pin
 from agent.model.snapshot import Snapshot
-from agent.model.vm import BootFiles, State, Vm
+from agent.model.vm import State, Vm
 
 from . import images, library
 from .services import PROCESS_GONE, RESTING, Services
@@ -93,12 +93,11 @@ def restored(services: Services, vm: Vm, snapshot: Snapshot) -> Vm:
     image = images.base_of(services, snapshot)
     config = pin(vm.config, snapshot, image)
     booted = boot_files(snapshot)
-    same = (vm.booted.kernel, vm.booted.initrd) == (booted.kernel, booted.initrd)
-    if same and vm.config.boot is not None:
+    if vm.booted.digests() == booted.digests() and vm.config.boot is not None:
         # The same files: they keep the names that the user knows.
         boot = dataclasses.replace(vm.config.boot, cmdline=snapshot.boot.cmdline)
         config = dataclasses.replace(config, boot=boot)
-        booted = BootFiles(booted.kernel, booted.initrd, source=boot)
+        booted = dataclasses.replace(booted, source=boot)
     return dataclasses.replace(vm, config=config, booted=booted)
 
 

@@ -21,6 +21,7 @@ from agent.model.disks import drives, host_disk_binds
 from agent.model.errors import CocoonError, Invalid, NoSpace, TimedOut, Unsupported
 from agent.model.image import DIGEST
 from agent.model.names import check_name, new_id
+from agent.model.pinned import boot_files
 from agent.model.sidecar import Sidecar, show_sidecar
 from agent.model.snapshot import (
     SIDECAR,
@@ -128,6 +129,7 @@ async def _record(services: Services, vm: Vm, name: str) -> tuple[Vm, Snapshot]:
         host_disks={bind.target: bind.source for bind in host_disk_binds(vm.config)},
         kernel=vm.booted.kernel,
         initrd=vm.booted.initrd,
+        firmware=vm.booted.firmware,
         source_vm_id=vm.id,
         reason="snapshot",
         generation=1,
@@ -173,7 +175,7 @@ def _image(vm: Vm) -> dict[str, Any]:
 
 
 def _boot(vm: Vm) -> SnapshotBoot:
-    # No paths: Cocoon opens what they name when it clones, and kernel and initrd travel as files.
+    # No paths: Cocoon opens what they name when it clones, and what was booted travels as files.
     return SnapshotBoot(cmdline=vm.config.boot.cmdline if vm.config.boot else "")
 
 
@@ -331,8 +333,8 @@ async def _complete(
 
 def _finish_files(services: Services, snapshot: Snapshot, vm: Vm) -> Snapshot:
     store = services.snapshots
-    names = {"kernel": snapshot.kernel, "initrd": snapshot.initrd}
-    paths = {name: services.kernels.path(digest) for name, digest in names.items() if digest}
+    booted = boot_files(snapshot).digests()
+    paths = {name: services.kernels.path(digest) for name, digest in booted.items()}
     store.link_boot(snapshot.id, paths)
     document = Sidecar(snapshot.disks, snapshot.boot, snapshot.cpu, snapshot.memory)
     store.write(snapshot.id, SIDECAR, show_sidecar(document))

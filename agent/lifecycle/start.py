@@ -17,7 +17,7 @@ from agent.model.errors import CocoonError, Exists, Failed, Invalid, Missing, Ti
 from agent.model.launch import Bind, LaunchPlan
 from agent.model.seed import instance_id, seed_for_boot
 from agent.model.snapshot import STATE_FILES, Snapshot
-from agent.model.vm import BootFiles, DirtyBase, State, Vm
+from agent.model.vm import FIRMWARE_FORMATS, BootFiles, DirtyBase, State, Vm
 from agent.systemd.unit import environment_file, running_properties, vm_unit
 from agent.systemd.users import write_user
 from agent.vmm.driver import Driver, Version, Vmm, VmmState
@@ -95,20 +95,23 @@ async def plan_launch(
                 f"this version of the agent has no backend {vm.config.hypervisor}: "
                 f"set hypervisor to one of {', '.join(by_name)}"
             )
-        return _planned(vm, driver, await driver.version(), loads)
+        return _planned(by_name, vm, driver, await driver.version(), loads)
     drivers = [by_name[name] for name in HYPERVISORS if name in by_name]
     obstacles = {driver.name: await driver.obstacle() for driver in drivers}
     reasons = []
     # Those that most guests would fail on come last, and better than nothing.
     for driver in sorted(drivers, key=lambda driver: bool(obstacles[driver.name])):
         try:
-            return _planned(vm, driver, await driver.version(), loads)
+            return _planned(by_name, vm, driver, await driver.version(), loads)
         except CocoonError as error:
             reasons.append(f"{driver.name}: {error}")
     raise Unsupported(f"no backend of this host can run VM {vm.name}: {'; '.join(reasons)}")
 
 
-def _planned(vm: Vm, driver: Driver, version: Version, loads: bool) -> tuple[Vm, LaunchPlan]:
+def _planned(
+    by_name: Mapping[str, Driver], vm: Vm, driver: Driver, version: Version, loads: bool
+) -> tuple[Vm, LaunchPlan]:
+    _check_firmware(by_name, vm, driver)
     if vm.seed and not driver.capabilities.first_boot_seed:
         raise Unsupported(
             f"{driver.name} VMs get no first-boot configuration: leave out hostname, user, "
@@ -123,6 +126,19 @@ def _planned(vm: Vm, driver: Driver, version: Version, loads: bool) -> tuple[Vm,
         vm, config=config, hypervisor=driver.name, hypervisor_version=version.text
     )
     return vm, driver.plan(vm, version, loads=loads)
+
+
+def _check_firmware(by_name: Mapping[str, Driver], vm: Vm, driver: Driver) -> None:
+    """Raise Unsupported for a firmware that `driver` does not boot, with the names of who does."""
+    kind = vm.booted.firmware_format
+    if not kind or driver.capabilities.firmware == kind:
+        return
+    others = [name for name, each in by_name.items() if each.capabilities.firmware == kind]
+    name = vm.config.boot.firmware if vm.config.boot else "the firmware"
+    raise Unsupported(
+        f"{driver.name} cannot boot {name} ({FIRMWARE_FORMATS[kind]}): "
+        + (f"{' and '.join(others)} can" if others else "no backend can")
+    )
 
 
 async def prepare(
@@ -196,13 +212,14 @@ async def _store_boot_files(services: Services, vm: Vm) -> BootFiles:
         return BootFiles()
     if boot is None and vm.from_snapshot:
         raise Missing(
-            f"VM {vm.name} came from a snapshot without its kernel, so it cannot boot again: write "
-            '{"kernel": NAME} to its boot file, with a kernel from the agent\'s boot directory'
+            f"VM {vm.name} came from a snapshot without its kernel or firmware, so it cannot boot "
+            'again: write {"kernel": NAME} or {"firmware": NAME} to its boot file, with a file '
+            "from the agent's boot directory"
         )
     if boot is None:
         raise Invalid(
-            f'VM {vm.name} has nothing to boot: write {{"kernel": NAME}} to its boot file, with a '
-            "kernel from the agent's boot directory"
+            f'VM {vm.name} has nothing to boot: write {{"kernel": NAME}} or {{"firmware": NAME}} '
+            "to its boot file, with a file from the agent's boot directory"
         )
     return await services.kernels.store(boot, before=vm.booted)
 
@@ -215,7 +232,7 @@ def _has_firmware(services: Services, vm: Vm) -> bool:
 
 
 async def _boot_binds(services: Services, vm: Vm) -> tuple[Bind, ...]:
-    """Return what puts kernel and initrd where the VMM looks for them."""
+    """Return what puts the boot files where the VMM looks for them."""
     binds = []
     if vm.booted.kernel:
         needs_elf = services.drivers[vm.hypervisor].capabilities.elf_kernel
@@ -226,6 +243,8 @@ async def _boot_binds(services: Services, vm: Vm) -> tuple[Bind, ...]:
         binds.append(Bind(kernel, canonical.KERNEL))
     if vm.booted.initrd:
         binds.append(Bind(services.kernels.path(vm.booted.initrd), canonical.INITRD))
+    if vm.booted.firmware:
+        binds.append(Bind(services.kernels.path(vm.booted.firmware), canonical.FIRMWARE))
     return tuple(binds)
 
 

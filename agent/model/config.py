@@ -35,9 +35,10 @@ class Boot:
     cmdline: str = ""
     firmware: str = ""
 
-    def files(self) -> tuple[str, ...]:
-        """The files named, in the order kernel, initrd, firmware."""
-        return tuple(name for name in (self.kernel, self.initrd, self.firmware) if name)
+    def files(self) -> dict[str, str]:
+        """The files named, by what they are."""
+        names = {"kernel": self.kernel, "initrd": self.initrd, "firmware": self.firmware}
+        return {part: name for part, name in names.items() if name}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ class VmConfig:
 
     def host_paths(self) -> frozenset[str]:
         """The paths of the host that this configuration names, which only root may add."""
-        boot = self.boot.files() if self.boot else ()
+        boot = self.boot.files().values() if self.boot else ()
         return frozenset(
             [name for name in boot if name.startswith("/")]
             + [disk.path for disk in self.disks if disk.is_host_path]

@@ -57,7 +57,9 @@ def pin(config: VmConfig, snapshot: Snapshot, image: Image | None = None) -> VmC
 
 
 def boot_of(snapshot: Snapshot) -> Boot | None:
-    """Return how the VM boots cold with what travelled, None when no kernel did."""
+    """Return how the VM boots cold with what travelled, None when nothing did."""
+    if snapshot.firmware:
+        return Boot(firmware=BY_CONTENT + snapshot.firmware)
     if not snapshot.kernel:
         return None
     return Boot(
@@ -69,7 +71,12 @@ def boot_of(snapshot: Snapshot) -> Boot | None:
 
 def boot_files(snapshot: Snapshot) -> BootFiles:
     """Return the boot files that came with the snapshot."""
-    return BootFiles(snapshot.kernel, snapshot.initrd, source=boot_of(snapshot))
+    return BootFiles(
+        kernel=snapshot.kernel,
+        initrd=snapshot.initrd,
+        firmware=snapshot.firmware,
+        source=boot_of(snapshot),
+    )
 
 
 def _disks(snapshot: Snapshot, sizes: dict[str, int]) -> list[Disk]:

@@ -51,9 +51,12 @@ STATE_FILES: Mapping[str, StateFiles] = {
 }
 """By backend; the names are those of the formats, which are Cocoon's."""
 
+BOOT_FILES = ("kernel", "initrd", "firmware")
+"""What was booted, by name; a `Snapshot` has their digests under the same names."""
+
 _DATA_FILES = frozenset(
     name for files in STATE_FILES.values() for name in (files.memory, *files.small)
-) | {SIDECAR, "kernel", "initrd"}
+) | {SIDECAR, *BOOT_FILES}
 
 
 class SnapshotState(StrEnum):
@@ -111,10 +114,10 @@ class Snapshot:
 
     `binds` are the disks that the VMM's state expects elsewhere than at the canonical path.
     `archive_size` is what the archive measures, 0 before it was laid out. `extra` holds the fields
-    of `snapshot.json` that are not known here, in the place where they stood. `kernel` and `initrd`
-    are the SHA-256 of the files of that name, "" for none. `host_disks` are the read-only disks of
-    this host that the VM had, by their jail paths; they never travel. `reason` says how it came
-    into its state, `generation` counts committed transitions.
+    of `snapshot.json` that are not known here, in the place where they stood. `kernel`, `initrd`
+    and `firmware` are the SHA-256 of the files of that name, "" for none. `host_disks` are the
+    read-only disks of this host that the VM had, by their jail paths; they never travel. `reason`
+    says how it came into its state, `generation` counts committed transitions.
     """
 
     id: str
@@ -140,6 +143,7 @@ class Snapshot:
     archive_size: int = 0
     kernel: str = ""
     initrd: str = ""
+    firmware: str = ""
     host_disks: Mapping[str, str] = field(default_factory=dict)
     pause_ms: float = 0
     reason: str = ""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -43,17 +44,41 @@ WITH_PROCESS = frozenset(
 """States in which a VMM process may exist."""
 
 
+class FirmwareFormat(StrEnum):
+    """What a firmware is packed in, which tells the VMMs that it is made for."""
+
+    FLASH = "flash"
+    """An image of a PC's flash memory, in which the CPU begins right below 4 GiB."""
+    ELF = "elf"
+    """A program that is loaded, and entered through its PVH note."""
+
+
+FIRMWARE_FORMATS: Mapping[str, str] = {
+    FirmwareFormat.FLASH: "an image of a PC's flash memory, as OVMF.fd",
+    FirmwareFormat.ELF: "an ELF with a PVH note, as CLOUDHV.fd",
+}
+"""In words."""
+
+
 @dataclass(frozen=True, slots=True)
 class BootFiles:
     """What was booted last, by content: names in the kernel store (hex SHA-256), "" for none.
 
     `source` is the configuration that named the files, so that they can be booted again when the
-    files are gone but the configuration is the same.
+    files are gone but the configuration is the same. `firmware_format` is known of what the agent
+    has stored itself, "" where it only came with a snapshot.
     """
 
     kernel: str = ""
     initrd: str = ""
     source: Boot | None = None
+    firmware: str = ""
+    firmware_format: str = ""
+
+    def digests(self) -> dict[str, str]:
+        """The files that there are, by what they are."""
+        digests = {"kernel": self.kernel, "initrd": self.initrd, "firmware": self.firmware}
+        return {part: digest for part, digest in digests.items() if digest}
 
 
 @dataclass(frozen=True, slots=True)

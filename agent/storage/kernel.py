@@ -1,8 +1,9 @@
 """Keeps what VMs boot, by content: a file is copied once, and stays as it was when it was booted.
 
-`<digest>` holds the bytes of a kernel or initrd as they were given, named by their SHA-256. Beside
-a kernel that is a bzImage, `<digest>.elf` holds the ELF that was packed in it, made when a VMM that
-boots nothing else asks for it; so the original stays for those that do. All are root's, 0444.
+`<digest>` holds the bytes of a kernel, initrd or firmware as they were given, named by their
+SHA-256. Beside a kernel that is a bzImage, `<digest>.elf` holds the ELF that was packed in it, made
+when a VMM that boots nothing else asks for it; so the original stays for those that do. All are
+root's, 0444.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -19,7 +20,7 @@ import trio
 
 from agent.model.config import Boot
 from agent.model.errors import Busy, Damaged, Invalid, Missing, UnknownFormat
-from agent.model.vm import BootFiles
+from agent.model.vm import BootFiles, FirmwareFormat
 
 from . import directory
 from .kernel_image import Read, inspect_kernel, unpack_kernel
@@ -27,8 +28,12 @@ from .tree import Tree
 
 MAXIMUM_FILE = 4 << 30
 """Bytes that a kernel or initrd may have."""
+MAXIMUM_FIRMWARE = 16 << 20
+"""Bytes that a firmware may have: a PC has no more room for it, below 4 GiB, above its devices."""
 
 _PIECE = 1 << 20
+_FLASH_BLOCK = 64 << 10  # QEMU takes no other (hw/i386/x86.c, x86_bios_rom_init)
+_ELF = b"\x7fELF"
 _UNFINISHED = "."  # what names of incomplete files start with
 # Seconds after which a file's time stamps tell any further change: kernels take them from a clock
 # that ticks a few hundred times a second.
@@ -60,11 +65,11 @@ class KernelStore:
         return f"{self._tree.kernels}/{digest}"
 
     async def check(self, boot: Boot | None) -> None:
-        """Raise what `store` would raise for files that are missing or are no kernel.
+        """Raise what `store` would raise for files that are missing or of another kind.
 
         Reads no more than the headers.
         """
-        if boot is not None and boot.kernel:
+        if boot is not None:
             await self._tree.in_thread("looking at the boot files", self._check, boot)
 
     async def store(self, boot: Boot, before: BootFiles | None = None) -> BootFiles:
@@ -98,31 +103,37 @@ class KernelStore:
         return path
 
     def _check(self, boot: Boot) -> None:
-        for name in boot.files():
+        for part, name in boot.files().items():
             with self._opened(name) as (file, identity):
-                self._inspect(name, file, identity, is_kernel=name == boot.kernel)
+                self._inspect(name, file, identity, part)
 
     def _known_files(self, boot: Boot, before: BootFiles) -> BootFiles | None:
         """Return the boot files if they are stored and have not changed since."""
-        kernel = self._known_digest(boot.kernel, before.kernel)
-        initrd = self._known_digest(boot.initrd, before.initrd)
-        if kernel is None or initrd is None:
-            return None
-        return BootFiles(kernel, initrd, source=boot)
+        digests = {}
+        for part, name in boot.files().items():
+            digest = self._known_digest(name, before.digests().get(part, ""))
+            if digest is None:
+                return None
+            digests[part] = digest
+        return self._boot_files(boot, digests)
 
     def _store(self, boot: Boot, before: BootFiles) -> BootFiles:
-        kernel = self._known_digest(boot.kernel, before.kernel)
-        if kernel is None:
-            kernel = self._copy(boot.kernel, is_kernel=True)
-        initrd = self._known_digest(boot.initrd, before.initrd)
-        if initrd is None:
-            initrd = self._copy(boot.initrd, is_kernel=False)
-        return BootFiles(kernel, initrd, source=boot)
+        digests = {}
+        for part, name in boot.files().items():
+            digest = self._known_digest(name, before.digests().get(part, ""))
+            digests[part] = self._copy(name, part) if digest is None else digest
+        return self._boot_files(boot, digests)
+
+    def _boot_files(self, boot: Boot, digests: Mapping[str, str]) -> BootFiles:
+        kind = ""
+        if firmware := digests.get("firmware"):
+            with open(self.path(firmware), "rb") as file:
+                is_elf = file.read(len(_ELF)) == _ELF
+            kind = FirmwareFormat.ELF if is_elf else FirmwareFormat.FLASH
+        return BootFiles(**digests, firmware_format=kind, source=boot)
 
     def _known_digest(self, name: str, before: str) -> str | None:
-        """Return the digest of what `name` is now, "" for no name, None when it must be copied."""
-        if not name:
-            return ""
+        """Return the digest of what `name` is now, None when it must be copied."""
         try:
             with self._opened(name) as (_, identity):
                 digest = self._known.get(identity)
@@ -132,10 +143,10 @@ class KernelStore:
             return before
         return digest if digest and os.path.lexists(self.path(digest)) else None
 
-    def _copy(self, name: str, *, is_kernel: bool) -> str:
-        """Store what `name` is now; return its digest."""
+    def _copy(self, name: str, part: str) -> str:
+        """Store what `name` is now, the `part` of what boots; return its digest."""
         with self._opened(name) as (file, identity):
-            self._inspect(name, file, identity, is_kernel=is_kernel)
+            self._inspect(name, file, identity, part)
             sha = hashlib.sha256()
             with self._unfinished() as (target, temporary):
                 length = 0
@@ -218,12 +229,14 @@ class KernelStore:
         with directory.opened(self._tree.boot) as boot:
             return os.open(name, flags | os.O_NOFOLLOW, dir_fd=boot)
 
-    def _inspect(self, name: str, file: int, identity: _Identity, *, is_kernel: bool) -> None:
+    def _inspect(self, name: str, file: int, identity: _Identity, part: str) -> None:
         with _naming(name):
-            if is_kernel:
+            if part == "kernel":
                 inspect_kernel(lambda length, offset: os.pread(file, length, offset), identity.size)
             elif identity.size == 0:
                 raise Damaged("is empty")
+            elif part == "firmware":
+                _inspect_firmware(os.pread(file, len(_ELF), 0), identity.size)
 
     @contextmanager
     def _unfinished(self) -> Iterator[tuple[BinaryIO, str]]:
@@ -257,6 +270,16 @@ def _identity(facts: os.stat_result) -> _Identity:
     return _Identity(
         facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
     )
+
+
+def _inspect_firmware(head: bytes, size: int) -> None:
+    """Raise UnknownFormat for what is neither kind of firmware."""
+    if size > MAXIMUM_FIRMWARE or (head != _ELF and size % _FLASH_BLOCK):
+        raise UnknownFormat(
+            f"is no firmware: {size} bytes are neither an ELF nor an image of a PC's flash memory "
+            f"(whole blocks of {_FLASH_BLOCK >> 10} KiB, {MAXIMUM_FIRMWARE >> 20} MiB at most; of "
+            "OVMF the file with code and variables in one)"
+        )
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from agent.model import canonical
 from agent.model.disks import disk_files
 from agent.model.errors import Damaged, Missing
+from agent.model.pinned import boot_files
 from agent.model.snapshot import (
     STATE_FILES,
     Snapshot,
@@ -34,7 +35,6 @@ from .sparse import data_ranges
 from .staging import Staged
 from .tree import BESIDE, Tree
 
-BOOT_FILES = ("kernel", "initrd")
 SAVE = "save"
 """Where in its own directory a VMM writes its state and memory."""
 
@@ -135,7 +135,7 @@ class SnapshotStore(Staged):
             _remove_entry(own, SAVE)
 
     def link_boot(self, snapshot_id: str, files: Mapping[str, str]) -> None:
-        """Put kernel and initrd, `files` of the kernel store by name, into staging."""
+        """Put what was booted, `files` of the kernel store by name, into staging."""
         with directory.opened(self.staging(snapshot_id)) as staging:
             for name, path in files.items():
                 _link(path, staging, name)
@@ -213,13 +213,11 @@ class SnapshotStore(Staged):
     # Giving to VMs
 
     def store_boot(self, snapshot: Snapshot) -> None:
-        """Put kernel and initrd of the snapshot into the kernel store."""
-        digests = {"kernel": snapshot.kernel, "initrd": snapshot.initrd}
+        """Put what the snapshot's VM had booted into the kernel store."""
         with directory.opened(self._tree.kernels) as kernels:
-            for name, digest in digests.items():
-                if digest:
-                    with contextlib.suppress(FileExistsError):
-                        _link(f"{self.directory(snapshot.id)}/{name}", kernels, digest)
+            for name, digest in boot_files(snapshot).digests().items():
+                with contextlib.suppress(FileExistsError):
+                    _link(f"{self.directory(snapshot.id)}/{name}", kernels, digest)
 
     def fill(self, snapshot: Snapshot, vm: Vm) -> None:
         """Make the directory of a VM that has none in use, with all that the snapshot holds."""

@@ -17,7 +17,7 @@ from agent.model.disks import Drive, drives, host_disk_binds
 from agent.model.errors import Damaged, Failed, Invalid, Unsupported
 from agent.model.launch import LaunchPlan
 from agent.model.size import MIB, show_size
-from agent.model.vm import Vm
+from agent.model.vm import FirmwareFormat, Vm
 
 from . import userfault
 from .driver import Capabilities, Directory, Version, VmmState, last_line
@@ -59,6 +59,7 @@ class CloudHypervisor:
         qcow2=True,
         first_boot_seed=True,
         serial_socket=True,
+        firmware=FirmwareFormat.ELF,
     )
 
     def __init__(
@@ -261,7 +262,7 @@ def _boot_arguments(vm: Vm) -> list[str]:
     """Return the whole machine, one option after another."""
     config, boot = vm.config, vm.config.boot
     if boot is None:
-        raise Invalid('there is nothing to boot: write {"kernel": …} to boot')
+        raise Invalid('there is nothing to boot: write {"kernel": …} or {"firmware": …} to boot')
     _check_possible(config)
     words = [
         *("--cpus", f"boot={config.cpu}"),
@@ -271,8 +272,11 @@ def _boot_arguments(vm: Vm) -> list[str]:
         *("--serial", f"socket={canonical.CONSOLE_SOCKET}"),
         *("--console", "off"),
     ]
-    words += ["--kernel", canonical.KERNEL, "--cmdline", boot.cmdline or DEFAULT_CMDLINE]
-    words += ["--initramfs", canonical.INITRD] if boot.initrd else []
+    if boot.firmware:
+        words += ["--firmware", canonical.FIRMWARE]
+    else:
+        words += ["--kernel", canonical.KERNEL, "--cmdline", boot.cmdline or DEFAULT_CMDLINE]
+        words += ["--initramfs", canonical.INITRD] if boot.initrd else []
     if config.memory >= _BALLOON_FROM:
         size = config.memory // _BALLOON_SHARE
         words += ["--balloon", f"size={size},deflate_on_oom=on,free_page_reporting=on"]
@@ -322,8 +326,6 @@ def _check_possible(config: VmConfig) -> None:
             "Cloud Hypervisor keeps no record of changed memory: set track_dirty to no, or "
             "hypervisor to firecracker"
         )
-    if config.boot is not None and config.boot.firmware:
-        raise Unsupported("Cloud Hypervisor VMs boot no firmware yet: boot a kernel")
     if config.most_cpu > config.cpu:
         raise Unsupported(
             f"Cloud Hypervisor VMs get no CPUs later yet (max_cpu {config.max_cpu}, cpu "

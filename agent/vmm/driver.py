@@ -35,6 +35,7 @@ class Capabilities:
     `elf_kernel` it boots no bzImage: `canonical.KERNEL` must be the ELF that is packed in it. With
     `qcow2` it has disks in that format too, not only raw ones. With `serial_socket` the guest's
     console is `canonical.CONSOLE_SOCKET`, made by the VMM, else its standard input and output.
+    `firmware` is the format of the firmware files that it boots, "" where it boots none.
     """
 
     pause: bool = True
@@ -47,6 +48,7 @@ class Capabilities:
     disk_boot: bool = False
     elf_kernel: bool = False
     serial_socket: bool = False
+    firmware: str = ""
 
 
 class VmmState(StrEnum):
@@ -152,8 +154,9 @@ class Driver(Protocol):
         With `loads` its first start loads a snapshot: to have nothing to boot is no error then, and
         leaves `boot_arguments` empty.
 
-        Kernel and initrd are expected at `canonical.KERNEL` and `canonical.INITRD`, as
-        `vm.config.boot` names them; binding them there is the caller's part.
+        Kernel, initrd and firmware are expected at `canonical.KERNEL`, `canonical.INITRD` and
+        `canonical.FIRMWARE`, as `vm.config.boot` names them; binding them there is the caller's
+        part, as is to ask for no firmware of a format that `capabilities` does not have.
         """
         ...
 

@@ -238,8 +238,6 @@ class FirecrackerVmm:
 def _check_possible(config: VmConfig) -> None:
     """Raise Unsupported for what no Firecracker does."""
     assert config.boot is not None
-    if config.boot.firmware:
-        raise Unsupported("Firecracker boots no firmware: boot a kernel, or an image with qemu")
     if config.cpu > _MAXIMUM_CPUS:
         raise Unsupported(
             f"Firecracker gives a VM at most {_MAXIMUM_CPUS} CPUs, not {config.cpu}: {_OTHERS}"

@@ -20,7 +20,7 @@ from agent.model.disks import SEED_DRIVE, Drive, drives, host_disk_binds
 from agent.model.errors import Failed, Invalid, Unsupported
 from agent.model.launch import LaunchPlan
 from agent.model.size import MIB, show_size
-from agent.model.vm import Vm
+from agent.model.vm import FirmwareFormat, Vm
 
 from .driver import Capabilities, Directory, Version, VmmState, last_line
 from .kvm import kvm_obstacle
@@ -69,7 +69,12 @@ class Qemu:
 
     name = "qemu"
     capabilities = Capabilities(
-        snapshot=True, disk_serials=True, qcow2=True, first_boot_seed=True, disk_boot=True
+        snapshot=True,
+        disk_serials=True,
+        qcow2=True,
+        first_boot_seed=True,
+        disk_boot=True,
+        firmware=FirmwareFormat.FLASH,
     )
 
     def __init__(self, path: str = "", *, accelerated: bool | None = None) -> None:
@@ -98,7 +103,10 @@ class Qemu:
         """Return what to launch for `vm`; see Driver."""
         config = vm.config
         if config.boot is None and not config.is_disk_boot and not loads:
-            raise Invalid('there is nothing to boot: write {"kernel": …} to boot, or set image')
+            raise Invalid(
+                'there is nothing to boot: write {"kernel": …} or {"firmware": …} to boot, or set '
+                "image"
+            )
         _check_possible(config)
         boot = _boot(config)
         accelerator = "/dev/kvm" if self._kvm else None
@@ -285,12 +293,19 @@ def _below(path: str) -> str:
     return os.path.relpath(path, canonical.VM)
 
 
+def _boots_disks(config: VmConfig) -> bool:
+    """Whether a firmware, QEMU's own or the one that is named, boots a disk."""
+    return config.is_disk_boot or (config.boot is not None and bool(config.boot.firmware))
+
+
 def _boot(config: VmConfig) -> tuple[str, ...]:
     """Return what boots the kernel, or else a disk; nothing where neither can be booted."""
     boot = config.boot
-    if boot is None:
+    if boot is None or boot.firmware:
+        # As ROM: what the firmware would store in flash memory is gone when the process ends.
+        firmware = ("-bios", canonical.FIRMWARE) if boot else ()
         # What is on the disks is looked through in their order, and nothing but them.
-        return ("-boot", "strict=on") if config.is_disk_boot else ()
+        return (*firmware, "-boot", "strict=on") if _boots_disks(config) else ()
     initrd = ("-initrd", canonical.INITRD) if boot.initrd else ()
     return ("-kernel", canonical.KERNEL, "-append", boot.cmdline or DEFAULT_CMDLINE, *initrd)
 
@@ -307,7 +322,7 @@ def _devices(vm: Vm) -> list[str]:
     ]
     for index, drive in enumerate(drives(vm.config, seed=bool(vm.seed))):
         slot = _SEED if drive == SEED_DRIVE else _FIRST_DISK + index
-        words += _disk(index, drive, slot, boots=vm.config.is_disk_boot and drive != SEED_DRIVE)
+        words += _disk(index, drive, slot, boots=_boots_disks(vm.config) and drive != SEED_DRIVE)
     return words
 
 
@@ -326,11 +341,6 @@ def _disk(index: int, drive: Drive, slot: int, *, boots: bool) -> list[str]:
 
 def _check_possible(config: VmConfig) -> None:
     """Raise Unsupported for what this backend does not do."""
-    if config.boot is not None and config.boot.firmware:
-        raise Unsupported(
-            "QEMU VMs have a BIOS of their own and take no other firmware: write null to boot, and "
-            "it boots the image, or name a kernel"
-        )
     if config.most_cpu > config.cpu:
         raise Unsupported(
             f"QEMU VMs get no CPUs later (max_cpu {config.max_cpu}, cpu {config.cpu}): "

@@ -102,9 +102,9 @@ def test_enoent_for_what_a_write_names_and_is_not_there(agent, make_vm):
 def test_eopnotsupp_for_what_no_backend_does(agent, make_vm):
     vm = make_vm(hypervisor="firecracker", boot=None)
     firmware = Path("/var/lib/cocoon/boot/firmware.fd")
-    firmware.write_bytes(bytes(4096))
+    firmware.write_bytes(bytes(64 << 10))
     vm.write("boot", '{"firmware": "firmware.fd"}')
-    with refuses(vm, agent, errno.EOPNOTSUPP, "firmware"):
+    with refuses(vm, agent, errno.EOPNOTSUPP, "qemu can"):
         vm.verb("start")
 
 

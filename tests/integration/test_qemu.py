@@ -403,7 +403,7 @@ def test_a_vmm_that_dies_while_it_saves_leaves_no_snapshot(agent, make_vm, name,
     [
         ({"track_dirty": True}, "track_dirty"),
         ({"max_memory": "512M"}, "max_memory"),
-        ({"boot": {"firmware": "/bin/true"}}, "firmware"),
+        ({"boot": {"firmware": "/bin/true"}}, "cloud-hypervisor can"),
     ],
 )
 def test_what_it_cannot_do_is_said_before_anything_starts(make_linux, config, word):

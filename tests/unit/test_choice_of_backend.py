@@ -6,10 +6,10 @@ import pytest
 
 from agent.lifecycle.start import plan_launch
 from agent.model.access import Access
-from agent.model.config import BaseImage, VmConfig
+from agent.model.config import BaseImage, Boot, VmConfig
 from agent.model.errors import Missing, Unsupported
 from agent.model.launch import LaunchPlan
-from agent.model.vm import Vm
+from agent.model.vm import BootFiles, Vm
 from agent.vmm.driver import Capabilities, Version
 
 pytestmark = pytest.mark.anyio
@@ -18,8 +18,9 @@ pytestmark = pytest.mark.anyio
 class Backend:
     """A backend that has an obstacle, is missing, or refuses what is asked of it."""
 
-    def __init__(self, name, obstacle="", missing="", refusal=""):
+    def __init__(self, name, obstacle="", missing="", refusal="", firmware=""):
         self.name = name
+        self.capabilities = Capabilities(firmware=firmware)
         self._obstacle, self._missing, self._refusal = obstacle, missing, refusal
 
     async def obstacle(self):
@@ -70,6 +71,28 @@ async def test_when_none_can_each_says_why():
         await chosen(
             Backend("firecracker", refusal="no serials"), Backend("qemu", missing="no program")
         )
+
+
+async def test_a_firmware_is_for_who_boots_its_format():
+    backends = {
+        each.name: each
+        for each in (
+            Backend("cloud-hypervisor", firmware="elf"),
+            Backend("firecracker"),
+            Backend("qemu", firmware="flash"),
+        )
+    }
+    config = VmConfig(boot=Boot(firmware="OVMF.fd"))
+    vm = Vm("a" * 26, "web", 70000, Access(0, 0), config, booted=BootFiles(firmware_format="flash"))
+    chosen, _ = await plan_launch(backends, vm)
+    assert chosen.hypervisor == "qemu"
+    for name in ("firecracker", "cloud-hypervisor"):
+        named = dataclasses.replace(vm, config=dataclasses.replace(config, hypervisor=name))
+        with pytest.raises(Unsupported, match=rf"{name} cannot boot OVMF\.fd \(.*\): qemu can"):
+            await plan_launch(backends, named)
+    del backends["qemu"]
+    with pytest.raises(Unsupported, match=r"firecracker: .*no backend can"):
+        await plan_launch(backends, vm)
 
 
 @pytest.mark.parametrize("qcow2", [True, False])

@@ -81,7 +81,6 @@ def test_disks_are_what_they_are_said_to_be():
 @pytest.mark.parametrize(
     ("config", "word"),
     [
-        ({"boot": Boot(firmware="f")}, "firmware"),
         ({"max_cpu": 2}, "max_cpu"),
         ({"max_memory": 128 * MIB}, "max_memory"),
         ({"track_dirty": True}, "track_dirty"),
@@ -90,6 +89,12 @@ def test_disks_are_what_they_are_said_to_be():
 def test_what_it_cannot_do_is_refused_by_name(config, word):
     with pytest.raises(Unsupported, match=word):
         plan(**config)
+
+
+def test_a_firmware_takes_the_place_of_kernel_and_command_line():
+    launch = plan(boot=Boot(firmware="CLOUDHV.fd"))
+    assert values(launch, "--firmware") == (canonical.FIRMWARE,)
+    assert not {"--kernel", "--cmdline", "--initramfs"} & set(launch.boot_arguments)
 
 
 def test_nothing_to_boot_is_said():

@@ -30,7 +30,7 @@ from agent.systemd.facts import (
     cgroups_of,
     systemd_answers,
 )
-from agent.vmm.driver import Version
+from agent.vmm.driver import Capabilities, Version
 
 OK, WARN, FAIL = Level.OK, Level.WARN, Level.FAIL
 ALL = frozenset({"cpu", "memory", "pids", "io"})
@@ -50,6 +50,7 @@ JUDGED = [
     (checks.check_kvm("/dev/kvm does not run 64-bit guests", tried=True), WARN, "QEMU translates"),
     (checks.check_kvm("/dev/kvm cannot be opened", tried=False), WARN, "run it as root"),
     (checks.check_backend("qemu", VERSION, ""), OK, "version 1.16.1, /usr/bin/vmm"),
+    (checks.check_backend("qemu", VERSION, "", "flash"), OK, "boots firmware that is an image"),
     (checks.check_backend("qemu", Missing("none: get it"), ""), WARN, "install qemu-system-x86"),
     (checks.check_backend("new", Missing("none: get it"), ""), WARN, "none: get it"),
     (checks.check_backend("qemu", Failed("it cannot be run"), ""), WARN, "cannot be run"),
@@ -204,6 +205,8 @@ def test_directories_that_others_can_change_are_named(tmp_path):
 
 class Backend:
     """A backend that is there, is missing, or does not say."""
+
+    capabilities = Capabilities()
 
     def __init__(self, name, obstacle="", answer=None):
         self.name = name

@@ -134,7 +134,6 @@ def test_the_process_may_use_more_than_the_guests_memory():
 @pytest.mark.parametrize(
     ("config", "word", "remedy"),
     [
-        ({"boot": Boot(firmware="uefi")}, "firmware", "an image with qemu"),
         ({"cpu": 33}, "32 CPUs", "cloud-hypervisor and qemu"),
         ({"cpu": 2, "max_cpu": 4}, "max_cpu", "write the same to both"),
         ({"memory": GIB, "max_memory": 2 * GIB}, "max_memory", "write the same to both"),

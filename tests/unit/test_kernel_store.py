@@ -17,7 +17,7 @@ from agent.model.errors import (
     NoSpace,
     UnknownFormat,
 )
-from agent.model.vm import BootFiles
+from agent.model.vm import BootFiles, FirmwareFormat
 from agent.storage import kernel as kernel_module
 from agent.storage.kernel import KernelStore
 from agent.storage.tree import Tree
@@ -59,9 +59,9 @@ def count_copies(store, monkeypatch):
     copied = []
     copy = KernelStore._copy
 
-    def counted(self, name, **options):
+    def counted(self, name, part):
         copied.append(name)
-        return copy(self, name, **options)
+        return copy(self, name, part)
 
     monkeypatch.setattr(KernelStore, "_copy", counted)
     return copied
@@ -166,9 +166,28 @@ async def test_a_file_that_is_gone_from_the_store_too_is_missed(store, tree, boo
         await store.store(boot, before)
 
 
-async def test_a_configuration_without_kernel_stores_nothing(store, tree):
-    boot = Boot(firmware="uefi")
-    assert await store.store(boot) == BootFiles(source=boot)
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [(bytes(64 << 10), FirmwareFormat.FLASH), (make_elf(1000), FirmwareFormat.ELF)],
+)
+async def test_a_firmware_is_kept_and_its_format_known(store, tree, boot_file, content, kind):
+    boot = Boot(firmware=boot_file("uefi.fd", content))
+    stored = await store.store(boot)
+    assert stored == BootFiles(firmware=digest(content), firmware_format=kind, source=boot)
+    Path(tree.boot, "uefi.fd").unlink()
+    assert await KernelStore(tree).store(boot, stored) == stored
+    # One that came with a snapshot is known by its content alone.
+    boot = Boot(firmware=f"sha256:{digest(content)}")
+    arrived = BootFiles(firmware=digest(content), source=boot)
+    assert (await store.store(boot, arrived)).firmware_format is kind
+
+
+@pytest.mark.parametrize("size", [1, (64 << 10) + 1, kernel_module.MAXIMUM_FIRMWARE + (64 << 10)])
+async def test_what_is_no_firmware_is_refused(store, tree, boot_file, size):
+    boot = Boot(firmware=boot_file("uefi.fd", bytes(size)))
+    for act in (store.check, store.store):
+        with pytest.raises(UnknownFormat, match=rf"uefi\.fd is no firmware: {size} bytes"):
+            await act(boot)
     assert names(tree) == []
 
 

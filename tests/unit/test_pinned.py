@@ -9,6 +9,7 @@ from agent.model.image import Image
 from agent.model.pinned import PINNED, boot_files, pin
 from agent.model.size import GIB, MIB
 from agent.model.snapshot import Snapshot, SnapshotBoot, SnapshotDisk, SnapshotFile
+from agent.model.vm import BootFiles
 
 SNAPSHOT = Snapshot(
     id="abcdefghijklmnopqrstuvwxyz",
@@ -65,8 +66,16 @@ def test_the_kernel_is_named_by_its_content():
     assert boot_files(SNAPSHOT).source == config.boot
 
 
-def test_a_pinned_configuration_can_be_written_back():
-    config = pin(VmConfig(), SNAPSHOT)
+def test_so_is_a_firmware():
+    snapshot = dataclasses.replace(SNAPSHOT, kernel="", firmware="bb" * 32)
+    config = pin(VmConfig(boot=Boot(kernel="vmlinux")), snapshot)
+    assert config.boot == Boot(firmware="sha256:" + "bb" * 32)
+    assert boot_files(snapshot) == BootFiles(firmware="bb" * 32, source=config.boot)
+
+
+@pytest.mark.parametrize("parts", [{}, {"kernel": "", "firmware": "bb" * 32}])
+def test_a_pinned_configuration_can_be_written_back(parts):
+    config = pin(VmConfig(), dataclasses.replace(SNAPSHOT, **parts))
     assert parse_config(config, show_config(config), host_cpus=8) == config
 
 

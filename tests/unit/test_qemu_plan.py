@@ -139,7 +139,6 @@ def test_no_word_would_need_quoting_in_qemus_option_lists():
     [
         ({"cpu": 1, "max_cpu": 2}, "max_cpu 2"),
         ({"memory": GIB, "max_memory": 2 * GIB}, "max_memory 2G"),
-        ({"boot": Boot(firmware="OVMF.fd")}, "firmware"),
         ({"track_dirty": True}, "track_dirty"),
     ],
 )
@@ -169,6 +168,16 @@ def test_without_a_kernel_the_bios_boots_an_image_or_a_disk_of_the_host(config):
     (disk,) = [word for word in values(booted.arguments, "-device") if "blk" in word]
     assert disk == "virtio-blk-pci,drive=disk0,addr=8,bootindex=1"
     assert not any("bootindex" in word for word in plan(**config).arguments)
+
+
+def test_a_firmware_boots_any_disk_but_the_seed():
+    config = VmConfig(boot=Boot(firmware="OVMF.fd"), storage=GIB)
+    vm = Vm("a" * 26, "web", 70000, Access(0, 0), config, seed="x")
+    launch = Qemu(accelerated=False).plan(vm, VERSION)
+    assert launch.boot_arguments == ("-bios", canonical.FIRMWARE, "-boot", "strict=on")
+    disks = [word for word in values(launch.arguments, "-device") if "blk" in word]
+    assert ["bootindex=1" in disk.split(",") for disk in disks] == [True, False]
+    assert not any("bootindex" in word for word in disks[1:])
 
 
 def test_a_snapshot_without_a_kernel_is_loaded_and_has_nothing_to_boot_with():

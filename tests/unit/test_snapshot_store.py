@@ -231,10 +231,11 @@ def test_restaging_replaces_what_a_guest_has_written(store, vm_directory, snapsh
         assert disk.read(5) == b"cow.r"
 
 
-def test_a_kernel_comes_into_the_store_once(store, tree, snapshot):
-    with open(f"{snapshot}/kernel", "wb") as kernel:
-        kernel.write(b"ELF")
-    of = dataclasses.replace(SNAPSHOT, kernel="ab" * 32)
+@pytest.mark.parametrize("part", ["kernel", "initrd", "firmware"])
+def test_what_was_booted_comes_into_the_store_once(store, tree, snapshot, part):
+    with open(f"{snapshot}/{part}", "wb") as file:
+        file.write(b"ELF")
+    of = dataclasses.replace(SNAPSHOT, **{part: "ab" * 32})
     store.store_boot(of)
     store.store_boot(of)
-    assert os.path.samefile(f"{tree.kernels}/{'ab' * 32}", f"{snapshot}/kernel")
+    assert os.path.samefile(f"{tree.kernels}/{'ab' * 32}", f"{snapshot}/{part}")
