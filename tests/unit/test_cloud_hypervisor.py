@@ -1,24 +1,21 @@
-"""Cloud Hypervisor's command line and requests, against the API description that it publishes."""
+"""Cloud Hypervisor's command line, against the API description that it publishes."""
 
-import json
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
+from described_vmm import Description
 
 from agent.model import canonical
 from agent.model.access import Access
 from agent.model.config import BaseImage, Boot, Disk, VmConfig
-from agent.model.errors import Damaged, Failed, Invalid, Unsupported
+from agent.model.errors import Damaged, Invalid, Unsupported
 from agent.model.size import MIB
 from agent.model.vm import Vm
-from agent.vmm import cloud_hypervisor
-from agent.vmm.cloud_hypervisor import CloudHypervisor, CloudHypervisorVmm
-from agent.vmm.driver import Version, VmmState
+from agent.vmm.cloud_hypervisor import CloudHypervisor
+from agent.vmm.driver import Version
 
 pytestmark = pytest.mark.anyio
-API = json.loads((Path(__file__).parents[1] / "data/cloud-hypervisor-53.json").read_text())
-SCHEMAS = API["components"]["schemas"]
+SCHEMAS = Description("cloud-hypervisor-53").schemas
 VERSION = Version("/usr/bin/cloud-hypervisor", "53.0", (53, 0))
 
 
@@ -110,84 +107,6 @@ async def test_an_old_version_is_refused_with_the_remedy(tmp_path):
         await CloudHypervisor(str(program)).version()
     program.write_text("#!/bin/sh\necho cloud-hypervisor v53.0-dirty\n")
     assert (await CloudHypervisor(str(program)).version()).numbers == (53, 0)
-
-
-class Api:
-    """A VMM made from the description: it refuses what that lacks, and keeps a VM's states."""
-
-    def __init__(self, state="Running", config=None):
-        self.state = state
-        self.config = {"cpus": {"boot_vcpus": 2, "max_vcpus": 2}} | (config or {})
-        self.calls: list[str] = []
-        self.bodies: list[object] = []
-
-    async def call(self, method, path, body=None, *, timeout):
-        route = path.removeprefix("/api/v1")
-        assert API["servers"][0]["url"].endswith("/api/v1")
-        operation = API["paths"][route][method.lower()]
-        assert ("requestBody" in operation) == (body is not None)
-        if body is not None:
-            (content,) = operation["requestBody"]["content"].values()
-            schema = SCHEMAS[content["schema"]["$ref"].rpartition("/")[2]]
-            assert schema.get("required", []) <= [*body]
-            assert body.keys() <= schema["properties"].keys()
-            self.bodies.append(body)
-        self.calls.append(route)
-        moves = {"/vm.pause": ("Running", "Paused"), "/vm.resume": ("Paused", "Running")}
-        if route == "/vm.info":
-            return {"state": self.state, "config": self.config}
-        if route in moves:
-            before, after = moves[route]
-            if self.state != before:
-                raise Failed(f"invalid transition from {self.state} to {after}")
-            self.state = after
-        elif route == "/vm.power-button":
-            assert self.state == "Running"
-        return None
-
-
-async def test_a_life_keeps_to_the_vms_states():
-    api = Api()
-    vmm = CloudHypervisorVmm(api)
-    assert await vmm.state() is VmmState.RUNNING
-    for _ in range(2):  # what is so already stays so
-        await vmm.pause()
-        assert await vmm.state() is VmmState.PAUSED
-    for _ in range(2):
-        await vmm.resume()
-        assert await vmm.state() is VmmState.RUNNING
-    await vmm.power_off()
-    assert api.calls[-1] == "/vm.power-button"
-
-
-def test_all_states_of_the_description_are_known():
-    assert cloud_hypervisor._STATES.keys() >= set(SCHEMAS["VmState"]["enum"])
-
-
-async def test_figures_come_from_its_own_description():
-    assert await CloudHypervisorVmm(Api()).stats() == {"vcpus": 2}
-    with_balloon = Api(config={"balloon": {"size": 128 * MIB}})
-    assert await CloudHypervisorVmm(with_balloon).stats() == {
-        "vcpus": 2,
-        "balloon_target": 128 * MIB,
-    }
-
-
-@pytest.mark.parametrize("answer", [None, [], {"state": "Flying", "config": {}}, {"config": {}}])
-async def test_an_answer_that_is_none_is_a_failure(answer):
-    class Strange:
-        async def call(self, *arguments, **more):
-            return answer
-
-    with pytest.raises(Failed, match="unknown"):
-        await CloudHypervisorVmm(Strange()).state()
-
-
-async def test_a_snapshot_goes_beside_each_other_into_the_vms_directory():
-    api = Api()
-    where = f"{canonical.VM}/save"
-    await CloudHypervisorVmm(api).snapshot(f"{where}/state.json", f"{where}/memory-ranges")
-    assert api.bodies == [{"destination_url": f"file://{where}"}]
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"\xff" * 10])
