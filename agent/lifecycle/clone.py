@@ -36,6 +36,8 @@ async def set_source(services: Services, caller: Caller, vm_id: str, name: str) 
     snapshot = library.readable(services, caller, name)
     image = images.base_of(services, snapshot, caller)
     config = pin(vm.config, snapshot, image)
+    checking = "looking at a snapshot's configuration"
+    await services.tree.in_thread(checking, services.snapshots.check_config, snapshot)
     await services.tree.in_thread("storing a kernel", services.snapshots.store_boot, snapshot)
     await services.save(
         vm_id,

@@ -250,7 +250,7 @@ async def _boot_binds(services: Services, vm: Vm) -> tuple[Bind, ...]:
 
 def _bound(services: Services, vm: Vm, loading: Loading) -> Iterator[Bind]:
     """Return what puts disks where the VMM's state expects them."""
-    for bound in loading.snapshot.binds:
+    for bound in loading.snapshot.bound:
         yield Bind(services.snapshots.bound(vm, bound.name), bound.path, readonly=False)
 
 

@@ -163,6 +163,11 @@ class Snapshot:
         return self.hypervisor == "qemu"
 
     @property
+    def bound(self) -> tuple[BoundFile, ...]:
+        """What must appear at paths of another host; CH_CONFIG is written anew instead."""
+        return self.binds if self.hypervisor != "cloud-hypervisor" else ()
+
+    @property
     def state_files(self) -> StateFiles:
         """The names of what its VMM wrote."""
         return STATE_FILES[self.hypervisor]

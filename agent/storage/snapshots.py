@@ -16,10 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from agent.model import canonical
+from agent.model.ch_config import localised
 from agent.model.disks import disk_files
 from agent.model.errors import Damaged, Missing
 from agent.model.pinned import boot_files
 from agent.model.snapshot import (
+    CH_CONFIG,
     STATE_FILES,
     Snapshot,
     SnapshotFile,
@@ -143,8 +145,7 @@ class SnapshotStore(Staged):
     def write(self, snapshot_id: str, name: str, content: bytes) -> None:
         """Write a small file into staging."""
         with directory.opened(self.staging(snapshot_id)) as staging:
-            directory.write_file(staging, name, content, os.geteuid())
-            os.chmod(name, SHARED, dir_fd=staging)
+            _write(staging, name, content, sync=False)
 
     def seal(self, snapshot_id: str) -> tuple[SnapshotFile, ...]:
         """Turn zeros in the memory file into holes, sync all files; return names and sizes."""
@@ -218,6 +219,11 @@ class SnapshotStore(Staged):
             for name, digest in boot_files(snapshot).digests().items():
                 with contextlib.suppress(FileExistsError):
                     _link(f"{self.directory(snapshot.id)}/{name}", kernels, digest)
+
+    def check_config(self, snapshot: Snapshot) -> None:
+        """Raise Unsupported and the like for a snapshot that `fill` would refuse."""
+        with self.opened(snapshot) as source:
+            _localised(source, snapshot)
 
     def fill(self, snapshot: Snapshot, vm: Vm) -> None:
         """Make the directory of a VM that has none in use, with all that the snapshot holds."""
@@ -313,12 +319,15 @@ class SnapshotStore(Staged):
         os.mkdir(target, 0o700)
         try:
             with self.opened(snapshot) as source, directory.opened(target) as own:
+                config = _localised(source, snapshot)
                 for file in snapshot.files:
                     is_live = file.name == written.memory and snapshot.memory_is_live
                     if is_disk(file.name) or is_live:
                         with _whole(source, file) as disk:
                             copy_file(disk, own, file.name, mode=PRIVATE, sync=sync and not is_live)
                         os.chown(file.name, vm.uid, vm.uid, dir_fd=own, follow_symlinks=False)
+                    elif file.name == CH_CONFIG and config is not None:
+                        _write(own, CH_CONFIG, config, sync=sync)
                     elif file.name in (written.memory, *written.small):
                         with _whole(source, file):
                             _link_at(source, own, file.name)
@@ -338,10 +347,10 @@ class SnapshotStore(Staged):
         """
         beside = self._beside(vm, _BOUND)
         directory.remove(beside)
-        if snapshot.binds:
+        if snapshot.bound:
             os.mkdir(beside, 0o700)
             with directory.opened(own) as source, directory.opened(beside) as target:
-                for name in {bound.name for bound in snapshot.binds}:
+                for name in {bound.name for bound in snapshot.bound}:
                     _link_at(source, target, name)
 
 
@@ -370,6 +379,17 @@ def _whole(parent: int, file: SnapshotFile) -> Iterator[int]:
         os.close(opened)
 
 
+def _localised(source: int, snapshot: Snapshot) -> bytes | None:
+    """Return what is to be written for the snapshot's CH_CONFIG, None when that can be shared."""
+    for file in snapshot.files:
+        if file.name == CH_CONFIG and CH_CONFIG in snapshot.state_files.small:
+            with _whole(source, file) as config:
+                data = os.pread(config, file.size, 0)
+            changed = localised(data, snapshot)
+            return None if changed is data else changed
+    return None
+
+
 def _check_memory(memory: int, vm: Vm) -> None:
     size = os.fstat(memory).st_size
     if size != vm.config.memory:
@@ -395,6 +415,18 @@ def _apply(changes: int, staging: int, name: str) -> None:
                 )
     finally:
         os.close(target)
+
+
+def _write(parent: int, name: str, content: bytes, *, sync: bool) -> None:
+    """Write a file that VMs share."""
+    directory.write_file(parent, name, content, os.geteuid())
+    file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    try:
+        os.fchmod(file, SHARED)
+        if sync:
+            os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def _link(path: str, parent: int, name: str) -> None:

@@ -1,17 +1,22 @@
 """The life of a VM on a real Cloud Hypervisor, where there is one on PATH."""
 
 import errno
+import http.client
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from snapshot_tools import refused
+from snapshot_tools import archive, described, extract, goes_on_from, last_count, pack, refused
+
+from agent.model import canonical
 
 pytestmark = pytest.mark.skipif(
     shutil.which("cloud-hypervisor") is None, reason="cloud-hypervisor is not installed"
@@ -121,3 +126,142 @@ def test_what_it_cannot_do_is_said_before_anything_starts(make_vm, config, word)
         vm.verb("start")
     assert word in vm.read("error")
     assert vm.state == "created"
+
+
+ELSEWHERE = f"{canonical.RUN}/cloudhypervisor/ELSEWHERE"
+"""Where the files of a VM are that another host ran."""
+NESTED_STATE = Path("/etc/systemd/system/cocoon-vm-.service.d/50-nested-state.conf")
+"""Of a lab on a KVM that wants a library preloaded."""
+_MOUNTS = """
+mount -t tmpfs tmpfs /var/lib/cocoon
+mkdir -p "$2"
+mount --bind "$1" "$2"
+shift 2
+exec "$@"
+"""
+PAUSE = ("vm.pause", None)
+SAVE = ("vm.snapshot", {"destination_url": f"file://{ELSEWHERE}"})
+
+
+def put(api: Path, command: str, body: Any) -> None:
+    connection = http.client.HTTPConnection("localhost")
+    connection.sock = socket.socket(socket.AF_UNIX)
+    connection.sock.connect(str(api))
+    connection.request("PUT", f"/api/v1/{command}", json.dumps(body) if body else None)
+    answer = connection.getresponse()
+    assert answer.status == 204, answer.read()
+    connection.close()
+
+
+@pytest.fixture
+def foreign(guests: Any, tmp_path: Path, until: Any) -> Callable[..., tuple[dict[str, bytes], int]]:
+    """`foreign(*options)` is a snapshot's files that a host without this agent made, and a count.
+
+    It had its own paths, and a console of its own.
+    """
+    shutil.copy(guests.guest, tmp_path / "vmlinux")
+    (tmp_path / "root.raw").write_bytes(bytes(1 << 20))
+    environment = dict(os.environ)
+    if NESTED_STATE.exists():
+        environment["LD_PRELOAD"] = f"{os.environ['COCOON_TEST_GUESTS']}/nested_state.so"
+    output, api = tmp_path / "output", tmp_path / "api"
+
+    def take(*options: str) -> tuple[dict[str, bytes], int]:
+        with output.open("wb") as stdout:
+            process = subprocess.Popen(
+                [
+                    *("unshare", "--mount", "--propagation=private", "sh", "-ec", _MOUNTS, "sh"),
+                    *(str(tmp_path), ELSEWHERE, "cloud-hypervisor"),
+                    *("--api-socket", f"{ELSEWHERE}/api", "--kernel", f"{ELSEWHERE}/vmlinux"),
+                    *("--memory", "size=64M", "--cpus", "boot=1,max=4,affinity=[0@[0]]"),
+                    *("--disk", f"path={ELSEWHERE}/root.raw,image_type=raw,queue_affinity=[0@[0]]"),
+                    *options,
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+            )
+        try:
+            until(lambda: b"count 2" in output.read_bytes() or process.poll())
+            put(api, *PAUSE)
+            put(api, *SAVE)
+        finally:
+            process.kill()
+            process.wait()
+        files = {name: (tmp_path / name).read_bytes() for name in ("state.json", "memory-ranges")}
+        config = json.loads((tmp_path / "config.json").read_text()) | {"later": [{"unknown": 1}]}
+        config["disks"][0]["later"] = 2.5
+        metadata = {"hypervisor": "cloud-hypervisor", "cpu": 1, "memory": 64 << 20}
+        document = json.dumps({"version": 1, "config": {"name": "foreign", **metadata}}).encode()
+        files |= {"config.json": json.dumps(config).encode(), "cow.raw": bytes(1 << 20)}
+        return {"snapshot.json": document, **files}, last_count(output.read_bytes())
+
+    return take
+
+
+@pytest.fixture
+def taken_in(agent: Any, tmp_path: Path) -> Iterator[Callable[[dict[str, bytes]], str]]:
+    """`taken_in(files)` is the name of the snapshot that was imported from an archive of them."""
+
+    def take_in(files: dict[str, bytes]) -> str:
+        shutil.copy(pack(files, tmp_path / "foreign.tar"), archive(agent, "foreign"))
+        return "foreign"
+
+    yield take_in
+    for name in ("foreign", "again"):
+        archive(agent, name).unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    "consoles",
+    [
+        ("--serial", f"file={ELSEWHERE}/output", "--console", "off"),
+        ("--serial", "tty", "--console", "null"),
+    ],
+    ids=["file", "terminal"],
+)
+def test_a_snapshot_of_another_host_goes_on_with_our_console(
+    agent, foreign, taken_in, make_vm, tmp_path, until, consoles
+):
+    files, count = foreign(*consoles)
+    name = taken_in(files)
+    # Copied, for no snapshot can be taken while memory is still being loaded.
+    vm = make_vm(hypervisor=None, memory=None, boot=None, restore_mode="copy")
+    vm.write("from", name)
+    vm.verb("start")
+    goes_on_from(vm, count)
+    vm.write("console", "hello")
+    until(lambda: "echo hello" in vm.read("console"))
+    own = agent.root_dir / "vms" / vm.read("id")
+    config = json.loads((own / "config.json").read_text())
+    assert ELSEWHERE not in json.dumps(config)
+    assert config["disks"][0]["path"] == f"{canonical.VM}/cow.raw"
+    assert (config["later"], config["disks"][0]["later"]) == ([{"unknown": 1}], 2.5)
+    assert (
+        extract(archive(agent, name), tmp_path / "out")["config.json"].read_bytes()
+        == (files["config.json"])
+    )
+    # What is taken here is ours, and shared as it is.
+    vm.write("snapshot", "again")
+    again = make_vm(hypervisor=None, memory=None, boot=None)
+    again.write("from", "again")
+    again.verb("start")
+    again.wait_counting()
+    kept = agent.root_dir / "snapshots" / described(agent, "again")["id"] / "config.json"
+    assert kept.samefile(agent.root_dir / "vms" / again.read("id") / "config.json")
+    vm.write("restore", "again")
+    vm.wait_counting()
+
+
+def test_a_snapshot_with_what_vms_have_not_here_is_refused_before_it_is_cloned(
+    agent, foreign, taken_in, make_vm
+):
+    files, _ = foreign("--serial", "tty", "--console", "off")
+    config = json.loads(files["config.json"]) | {"net": [{"id": "_net0", "tap": "tap0"}]}
+    name = taken_in(files | {"config.json": json.dumps(config).encode()})
+    vm = make_vm(hypervisor=None, memory=None, boot=None)
+    with refused(errno.EOPNOTSUPP):
+        vm.write("from", name)
+    assert "network interfaces" in vm.read("error")
+    assert vm.read("from") == ""

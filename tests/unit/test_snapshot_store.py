@@ -1,10 +1,12 @@
 import dataclasses
+import json
 import os
 import stat
 
 import pytest
 import trio
 
+from agent.model import canonical
 from agent.model.access import Access
 from agent.model.config import VmConfig
 from agent.model.errors import Damaged, Failed
@@ -186,6 +188,28 @@ def test_a_disk_that_is_bound_elsewhere_is_linked_out_of_reach(store, tree, snap
     path = store.bound(VM, "cow.raw")
     assert os.path.samefile(path, f"{tree.directory(VM.id)}/cow.raw")
     assert facts(os.path.dirname(path)) == (0, 0o700)
+
+
+@pytest.mark.parametrize("socket", [canonical.CONSOLE_SOCKET, "/var/lib/cocoon/run/x/console.sock"])
+def test_a_configuration_is_shared_unless_it_is_another_hosts(store, tree, socket):
+    config = {"serial": {"mode": "Socket", "socket": socket}, "console": {"mode": "Off"}, "x": 1}
+    data = json.dumps(config).encode()
+    files = (SnapshotFile("config.json", len(data)),)
+    taken = dataclasses.replace(SNAPSHOT, hypervisor="cloud-hypervisor", files=files)
+    os.mkdir(store.directory(taken.id), 0o700)
+    with open(f"{store.directory(taken.id)}/config.json", "wb") as file:
+        file.write(data)
+        os.fchmod(file.fileno(), 0o444)
+    store.check_config(taken)
+    store.fill(taken, VM)
+    own = f"{tree.directory(VM.id)}/config.json"
+    with open(own) as file:
+        assert json.load(file) == config | {
+            "serial": {"mode": "Socket", "socket": canonical.CONSOLE_SOCKET}
+        }
+    assert facts(own) == (0, 0o444)
+    is_ours = socket == canonical.CONSOLE_SOCKET
+    assert os.path.samefile(own, f"{store.directory(taken.id)}/config.json") == is_ours
 
 
 def test_an_exchange_can_be_repeated_and_undone(store, vm_directory, snapshot):
