@@ -10,7 +10,7 @@ from typing import Any
 
 from . import canonical
 from .errors import Damaged, Missing, Unsupported
-from .snapshot import CH_CONFIG, Snapshot, load_object
+from .snapshot import CH_CONFIG, Snapshot, is_disk, load_object
 
 _ABSENT = {
     "net": "network interfaces",
@@ -63,7 +63,7 @@ def _localise_disk(disk: dict[str, Any], snapshot: Snapshot) -> None:
     path = disk.get("path")
     if not isinstance(path, str) or disk.get("vhost_user") or disk.get("vhost_socket"):
         raise _unsupported(snapshot, "a disk of another process", "disks")
-    here = {f"{canonical.VM}/{file.name}" for file in snapshot.files}
+    here = {f"{canonical.VM}/{file.name}" for file in snapshot.files if is_disk(file.name)}
     moved = {bound.path: f"{canonical.VM}/{bound.name}" for bound in snapshot.binds}
     normal = posixpath.normpath(path)
     disk["path"] = moved.get(normal, normal)

@@ -19,7 +19,7 @@ SNAPSHOT = Snapshot(
     name="nightly",
     access=Access(0, 0),
     hypervisor="cloud-hypervisor",
-    files=(SnapshotFile("cow.raw", 1), SnapshotFile("data-a.raw", 1)),
+    files=(SnapshotFile("cow.raw", 1), SnapshotFile("data-a.raw", 1), SnapshotFile("mem", 1)),
     binds=(BoundFile("cow.raw", f"{ELSEWHERE}/root.raw"),),
     host_disks={f"{canonical.DISKS}/0": "/dev/sdb"},
 )
@@ -128,7 +128,9 @@ def test_nothing_of_what_they_might_have_is_no_obstacle():
     assert changed(disks=None)["disks"] is None
 
 
-@pytest.mark.parametrize("path", [f"{canonical.VM}/data-b.raw", "/etc/shadow", "cow.raw", ""])
+@pytest.mark.parametrize(
+    "path", [f"{canonical.VM}/data-b.raw", f"{canonical.VM}/mem", "/etc/shadow", "cow.raw", ""]
+)
 def test_a_disk_that_did_not_travel_is_named(path):
     with pytest.raises(Missing, match="which did not travel"):
         changed(disks=[{"path": path}])
