@@ -323,16 +323,23 @@ class DescribedCloudHypervisor(DescribedVmm):
 
     rules = CLOUD_HYPERVISOR_RULES
 
-    def __init__(self, name, state, balloon=None, most_cpus=4):
+    def __init__(self, name, state, balloon=None, most_cpus=4, hotplug=0):
         super().__init__(name, state)
         self.config = {
             "cpus": {"boot_vcpus": 2, "max_vcpus": most_cpus},
-            "memory": {"size": 512 << 20},
+            "memory": {"size": 64 << 20, "hotplug_size": hotplug},
             "payload": {"kernel": "/kernel"},
             "disks": [],
         }
         if balloon:
             self.config["balloon"] = {"size": balloon}
+        self.boot()
+
+    def boot(self):
+        """Give the guest what is configured; it lets go of none of that, however it is asked."""
+        self.cpus = self.config["cpus"]["boot_vcpus"]
+        self.memory = self.config["memory"]["size"]
+        self.devices = {disk["id"]: {"id": disk["id"]} for disk in self.config["disks"]}
 
     def act(self, path, body):
         if path == "/vmm.ping":
@@ -340,7 +347,10 @@ class DescribedCloudHypervisor(DescribedVmm):
         self.step(path)
         match path:
             case "/vm.info":
-                return {"state": self.state, "config": self.config}
+                info = {"state": self.state, "config": self.config}
+                return info if self.state == CREATED else info | {"device_tree": self.devices}
+            case "/vm.boot":
+                self.boot()
             case "/vm.resize":
                 self._resize(**body)
             case "/vm.add-disk":
@@ -352,28 +362,45 @@ class DescribedCloudHypervisor(DescribedVmm):
     def show(self, words):
         return list(words)
 
-    def _resize(self, desired_vcpus=0, desired_ram=0, desired_balloon=None):
-        """Change figures at once: how much a guest took up of an offer nobody is told."""
+    def _resize(self, desired_vcpus=None, desired_ram=None, desired_balloon=None):
         cpus, memory = self.config["cpus"], self.config["memory"]
-        if desired_vcpus > cpus["max_vcpus"]:
-            words = "Error from CPU manager", "Requested vCPUs exceed maximum"
-            raise _refused(500, _RESIZE, *words)
-        if desired_ram > memory["size"] and (desired_ram - memory["size"]) % (128 << 20):
-            words = "The requested hotplug memory addition is not a valid size"
-            raise _refused(500, _RESIZE, "Memory manager error", words)
+        if self.state != CREATED:
+            self._resize_guest(desired_vcpus or self.cpus, desired_ram or self.memory)
         cpus["boot_vcpus"] = desired_vcpus or cpus["boot_vcpus"]
         memory["size"] = desired_ram or memory["size"]
         if desired_balloon is not None:
             self.config["balloon"]["size"] = desired_balloon
 
+    def _resize_guest(self, cpus, memory):
+        if cpus != self.cpus and self.config["cpus"]["boot_vcpus"] < self.cpus:
+            raise Refusal(429, ("Too Many Requests",))
+        if cpus > self.config["cpus"]["max_vcpus"]:
+            words = "Error from CPU manager", "Requested vCPUs exceed maximum"
+            raise _refused(500, _RESIZE, *words)
+        words = ""
+        if memory > self.memory and (memory - self.memory) % (128 << 20):
+            words = "The requested hotplug memory addition is not a valid size"
+        elif memory - self.memory > self.config["memory"]["hotplug_size"]:
+            words = "Not enough space in the hotplug RAM region"
+        if words:
+            raise _refused(500, _RESIZE, "Memory manager error", words)
+        self.cpus = max(self.cpus, cpus)
+        self.memory = max(self.memory, memory)
+
     def _add(self, disk):
+        words = ()
         if any(disk["id"] == other["id"] for other in self.config["disks"]):
             words = "Failed to validate config", f"Identifier {disk['id']} is not unique"
+        elif self.state != CREATED and disk["id"] in self.devices:
+            not_unique = f"Invalid identifier as it is not unique: {disk['id']}"
+            words = "Error from device manager", not_unique
+        if words:
             raise _refused(500, _ADD, *words)
         self.config["disks"].append(disk)
         if self.state == CREATED:
             return None
-        return {"id": disk["id"], "bdf": f"0000:00:{len(self.config['disks']) + 2:02x}.0"}
+        self.devices[disk["id"]] = {"id": disk["id"]}
+        return {"id": disk["id"], "bdf": f"0000:00:{len(self.devices) + 2:02x}.0"}
 
     def _remove(self, name):
         disks = [disk for disk in self.config["disks"] if disk["id"] != name]

@@ -44,8 +44,11 @@ REQUESTS = {
         "snapshot": ("PUT", "/api/v1/vm.snapshot", {"destination_url": "file://."}),
         "button": ("PUT", "/api/v1/vm.power-button", None),
         "cpus": ("PUT", "/api/v1/vm.resize", {"desired_vcpus": 99}),
-        "odd": ("PUT", "/api/v1/vm.resize", {"desired_ram": (3 << 30) + 4096}),
-        "same": ("PUT", "/api/v1/vm.resize", {"desired_vcpus": 1}),
+        "fewer": ("PUT", "/api/v1/vm.resize", {"desired_vcpus": 1}),
+        "same": ("PUT", "/api/v1/vm.resize", {"desired_vcpus": 2}),
+        "more": ("PUT", "/api/v1/vm.resize", {"desired_vcpus": 3}),
+        "odd": ("PUT", "/api/v1/vm.resize", {"desired_ram": (64 << 20) + 4096}),
+        "memory": ("PUT", "/api/v1/vm.resize", {"desired_ram": (64 + 128) << 20}),
         "add": ("PUT", "/api/v1/vm.add-disk", {"path": "disk", "id": "two", "image_type": "Raw"}),
         "remove": ("PUT", "/api/v1/vm.remove-device", {"id": "two"}),
         "shutdown": ("PUT", "/api/v1/vm.shutdown", None),
@@ -59,12 +62,12 @@ LIVES = {
     "cloud-hypervisor": [
         (
             RUNNING,
-            "boot resume snapshot button cpus odd same add add remove remove "
-            "pause boot pause snapshot button cpus odd same remove shutdown "
-            "shutdown pause resume snapshot button same remove boot boot shutdown "
-            "add add remove remove boot pause resume",
+            "boot resume snapshot button cpus odd memory same add add remove remove add "
+            "pause boot pause snapshot button cpus odd more remove fewer same more shutdown "
+            "shutdown pause resume snapshot button fewer same remove boot boot shutdown "
+            "add add remove remove boot pause resume add fewer cpus more same",
         ),
-        (EMPTY, "boot pause resume snapshot button cpus same add remove shutdown"),
+        (EMPTY, "boot pause resume snapshot button cpus odd add remove shutdown"),
     ],
 }
 """The state in which each begins, and its steps; the later load what the first has saved."""
@@ -98,7 +101,7 @@ def arguments(guests, tmp_path, monkeypatch):
     further = {
         "firecracker": ["--config-file", "vm.json"],
         "cloud-hypervisor": [
-            *("--kernel", str(guests.guest), "--memory", "size=64M"),
+            *("--kernel", str(guests.guest), "--memory", "size=64M", "--cpus", "boot=2,max=4"),
             *("--serial", "null", "--console", "off"),
         ],
     }
