@@ -18,7 +18,7 @@ import trio
 
 from agent.model import canonical, sidecar
 from agent.model.disks import drives, host_disk_binds
-from agent.model.errors import CocoonError, Invalid, NoSpace, TimedOut, Unsupported
+from agent.model.errors import Busy, CocoonError, Invalid, NoSpace, TimedOut, Unsupported
 from agent.model.image import DIGEST
 from agent.model.names import check_name, new_id
 from agent.model.pinned import boot_files
@@ -47,6 +47,8 @@ _RESUME_LIMIT = 10.0
 _STALL_LIMIT = 60.0  # seconds without a block written after which the disk makes no progress
 _UNDO_LIMIT = 60.0
 _LOOK = 1.0
+_LOADING_LIMIT = 60.0
+_FIRST_LOOK = 0.002
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _log = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ async def take(services: Services, vm_id: str, name: str, *, hibernate: bool = F
     When it fails the VM goes on as it was, and nothing is left of the snapshot.
     """
     what = "hibernate" if hibernate else "take"
+    await _wait_until_loaded(services, services.vm(vm_id))
     vm = services.vm(vm_id)
     if vm.state not in (State.RUNNING, State.PAUSED):
         raise Invalid(f"VM {vm.name} is {vm.state}: a snapshot takes one that is running or paused")
@@ -78,6 +81,21 @@ async def take(services: Services, vm_id: str, name: str, *, hibernate: bool = F
     if hibernate:
         # From here on the guest is in its snapshot alone, which nothing may undo.
         await finish_hibernation(services, vm_id)
+
+
+async def _wait_until_loaded(services: Services, vm: Vm) -> None:
+    """Wait while the VMM of a clone loads memory beside its guest; raise Busy when that is long."""
+    driver = services.drivers.get(vm.hypervisor)
+    pause = _FIRST_LOOK
+    with trio.move_on_after(_LOADING_LIMIT) as scope:
+        while driver is not None and vm.pid and driver.is_loading(vm.pid):
+            await trio.sleep(pause)
+            pause *= 9 / 8
+    if scope.cancelled_caught:
+        raise Busy(
+            f"VM {vm.name} still loads its memory from its snapshot, and none is taken of it till "
+            "then: try later, or set restore_mode to copy for the next clone"
+        )
 
 
 def _check(services: Services, vm: Vm, name: str) -> None:

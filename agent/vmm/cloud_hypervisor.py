@@ -38,6 +38,7 @@ _QUEUE_SIZE = 512
 _RANDOM = "/dev/urandom"
 _OWN_MEMORY = 64 * MIB
 _VCPU_THREAD = b"vcpu"
+_LOADING_THREAD = b"uffd-handler"
 _CHAIN = "exited with the following chain of errors"
 _LINK = re.compile(r"\s*\d+: (.+)")
 _CHATTER = re.compile(r"> (WARN|INFO|DEBUG):")
@@ -129,6 +130,13 @@ class CloudHypervisor:
         Its API is there before the guest is: the threads of the vCPUs are the last that is built.
         """
         return has_thread(pid, _VCPU_THREAD)
+
+    def is_loading(self, pid: int) -> bool:
+        """Whether memory is still loaded on demand; see Driver.
+
+        A thread loads all that the guest has not asked for, and then ends.
+        """
+        return has_thread(pid, _LOADING_THREAD)
 
     def explain(self, lines: Sequence[str]) -> str:
         """Return the chain of causes, which follows one line each; see Driver."""

@@ -177,6 +177,13 @@ class Driver(Protocol):
         """
         ...
 
+    def is_loading(self, pid: int) -> bool:
+        """Whether the process `pid` still loads memory beside its guest, and takes no snapshot.
+
+        Looks at /proc, does not wait.
+        """
+        ...
+
     def explain(self, lines: Sequence[str]) -> str:
         """Return what the last lines of a VMM's error output say of why it ended, "" for nothing.
 

@@ -108,6 +108,10 @@ class Firecracker:
         """
         return loads or has_thread(pid, _VCPU_THREAD)
 
+    def is_loading(self, pid: int) -> bool:
+        """Never; see Driver."""
+        return False
+
     def explain(self, lines: Sequence[str]) -> str:
         """Return the last line; see Driver."""
         return last_line(lines)

@@ -134,6 +134,10 @@ class Qemu:
         """
         return os.path.exists(f"/proc/{pid}")
 
+    def is_loading(self, pid: int) -> bool:
+        """Never; see Driver."""
+        return False
+
     def explain(self, lines: Sequence[str]) -> str:
         """Return the last line; see Driver."""
         return last_line(lines)

@@ -128,6 +128,21 @@ def test_what_it_cannot_do_is_said_before_anything_starts(make_vm, config, word)
     assert vm.state == "created"
 
 
+def test_a_clone_can_be_snapshot_before_its_memory_is_loaded(agent, make_vm, vm_name):
+    source = make_vm(hypervisor="cloud-hypervisor", memory="512M")
+    source.verb("start")
+    source.wait_counting()
+    first, second = vm_name(), vm_name()
+    source.write("snapshot", first)
+    clone = make_vm(hypervisor=None, memory=None, boot=None)
+    clone.write("from", first)
+    clone.verb("start")
+    clone.write("snapshot", second)
+    clone.wait_counting()
+    for name in (first, second):
+        archive(agent, name).unlink()
+
+
 ELSEWHERE = f"{canonical.RUN}/cloudhypervisor/ELSEWHERE"
 """Where the files of a VM are that another host ran."""
 NESTED_STATE = Path("/etc/systemd/system/cocoon-vm-.service.d/50-nested-state.conf")
@@ -226,8 +241,7 @@ def test_a_snapshot_of_another_host_goes_on_with_our_console(
 ):
     files, count = foreign(*consoles)
     name = taken_in(files)
-    # Copied, for no snapshot can be taken while memory is still being loaded.
-    vm = make_vm(hypervisor=None, memory=None, boot=None, restore_mode="copy")
+    vm = make_vm(hypervisor=None, memory=None, boot=None)
     vm.write("from", name)
     vm.verb("start")
     goes_on_from(vm, count)
