@@ -179,6 +179,8 @@ def running(state: Path | None, visible: list[Path], files: dict[str, str]) -> I
             keeper = os.fork()
             if keeper == 0:
                 lifeline.close()
+                # Left open and unread it would stop systemd, once that has told of long jobs often.
+                ready.close()
                 keep(directory, [str(state), *map(str, hidden)], keepers_end)
             keepers_end.close()
             try:
