@@ -81,6 +81,9 @@ async def run(settings: Settings, load: Callable[[], Settings]) -> None:
             drivers = _drivers(settings)
             doctor = Doctor(drivers, tree, settings.group)
             nursery.start_soon(doctor.run, bus)
+            operations = Operations(
+                nursery, lambda caller, vm_id, error: report(services, caller, vm_id, error)
+            )
             services = Services(
                 index=index,
                 units=Units(manager, bus),
@@ -90,13 +93,13 @@ async def run(settings: Settings, load: Callable[[], Settings]) -> None:
                 drivers=drivers,
                 events=events,
                 background=nursery,
+                in_turn=operations.run_in_turn,
                 host_cpus=os.cpu_count() or 1,
                 jail=_jail(tree),
                 claim_host=VmsLock().claim,
                 snapshots=SnapshotStore(tree),
                 images=ImageStore(tree),
             )
-            operations = Operations(nursery, functools.partial(report, services))
             booted = await host_has_booted(services)
             unfinished = [vm for vm in index.vms.all() if is_unfinished(vm)]
             for vm in unfinished:

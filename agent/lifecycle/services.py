@@ -22,6 +22,7 @@ from agent.systemd.unit import Paths
 from agent.vmm.driver import Driver
 
 from .events import Events
+from .operation import Work
 from .rush import Rush
 from .units import Units
 
@@ -30,12 +31,13 @@ from .units import Units
 class Services:
     """The rooms below, as one value that every operation gets.
 
-    `background` runs what nobody waits for, `rush` tells when there is time for it. `killed` holds
-    the ids of VMs whose end a user asked for since their last start began, whatever else it looks
-    like, `killing` the ends of the kills under way. `claim_host` raises Busy when another agent
-    runs VMs on this host. `jail` is the skeleton that all VMMs start in. `reserved` are the names
-    of snapshots on their way in, `reserved_images` those of images, `layouts` those of archives,
-    by snapshot, and `reading` limits the threads that read them.
+    `background` runs what nobody waits for, `in_turn` the agent's own work on a VM once its turn
+    comes, `rush` tells when there is time for it. `killed` holds the ids of VMs whose end a user
+    asked for since their last start began, whatever else it looks like, `killing` the ends of the
+    kills under way. `claim_host` raises Busy when another agent runs VMs on this host. `jail` is
+    the skeleton that all VMMs start in. `reserved` are the names of snapshots on their way in,
+    `reserved_images` those of images, `layouts` those of archives, by snapshot, and `reading`
+    limits the threads that read them.
     """
 
     index: Index
@@ -46,6 +48,7 @@ class Services:
     drivers: Mapping[str, Driver]
     events: Events
     background: trio.Nursery
+    in_turn: Callable[[str, Work], None]
     host_cpus: int
     jail: str
     claim_host: Callable[[], None]

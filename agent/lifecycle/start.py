@@ -1,6 +1,7 @@
 """The way up: choose a backend, prepare the files, start the unit, wait until the guest runs."""
 
 import dataclasses
+import functools
 import logging
 import os
 import time
@@ -303,7 +304,9 @@ async def launch(
         )
         services.background.start_soon(show_machine, services, vm.id)
         if again:
-            services.background.start_soon(_remove_stale_disks, services, vm)
+            # In turn: a disk that is being added is in no record yet.
+            remove = functools.partial(_remove_stale_disks, services, vm.id, unit.main_pid)
+            services.in_turn(vm.id, remove)
     except BaseException as error:
         with trio.CancelScope(shield=True, deadline=trio.current_time() + _UNDO_LIMIT):
             if not isinstance(error, Exists):  # else the unit is somebody else's
@@ -428,10 +431,12 @@ async def show_machine(services: Services, vm_id: str) -> None:
             await services.units.register_machine(vm)
 
 
-async def _remove_stale_disks(services: Services, vm: Vm) -> None:
-    """Remove disks that were taken out of the configuration, now that it has proved to work."""
-    with _reporting_trouble(services, vm):
-        await services.tree.remove_stale_disks(vm)
+async def _remove_stale_disks(services: Services, vm_id: str, pid: int) -> None:
+    """Remove disks that were taken out of the configuration, now that `pid` has run without."""
+    vm = services.index.vms.get(vm_id)
+    if vm is not None and vm.pid == pid:
+        with _reporting_trouble(services, vm):
+            await services.tree.remove_stale_disks(vm)
 
 
 @contextmanager
