@@ -336,10 +336,18 @@ class DescribedCloudHypervisor(DescribedVmm):
         self.boot()
 
     def boot(self):
-        """Give the guest what is configured; it lets go of none of that, however it is asked."""
+        """Give the guest what is configured; it lets go of that when `let_go` says so."""
         self.cpus = self.config["cpus"]["boot_vcpus"]
+        self.owes_cpus = False
         self.memory = self.config["memory"]["size"]
         self.devices = {disk["id"]: {"id": disk["id"]} for disk in self.config["disks"]}
+
+    def let_go(self):
+        """Have the guest let go of all that it was asked for."""
+        self.cpus = min(self.cpus, self.config["cpus"]["boot_vcpus"])
+        self.owes_cpus = False
+        kept = {disk["id"] for disk in self.config["disks"]}
+        self.devices = {name: about for name, about in self.devices.items() if name in kept}
 
     def act(self, path, body):
         if path == "/vmm.ping":
@@ -372,7 +380,7 @@ class DescribedCloudHypervisor(DescribedVmm):
             self.config["balloon"]["size"] = desired_balloon
 
     def _resize_guest(self, cpus, memory):
-        if cpus != self.cpus and self.config["cpus"]["boot_vcpus"] < self.cpus:
+        if cpus != self.cpus and self.owes_cpus:
             raise Refusal(429, ("Too Many Requests",))
         if cpus > self.config["cpus"]["max_vcpus"]:
             words = "Error from CPU manager", "Requested vCPUs exceed maximum"
@@ -384,12 +392,18 @@ class DescribedCloudHypervisor(DescribedVmm):
             words = "Not enough space in the hotplug RAM region"
         if words:
             raise _refused(500, _RESIZE, "Memory manager error", words)
+        self.owes_cpus |= cpus < self.cpus
         self.cpus = max(self.cpus, cpus)
         self.memory = max(self.memory, memory)
 
     def _add(self, disk):
         words = ()
-        if any(disk["id"] == other["id"] for other in self.config["disks"]):
+        most = self.config["cpus"]["boot_vcpus"]
+        queues = [each.get("num_queues", 1) for each in (*self.config["disks"], disk)]
+        if wide := [number for number in queues if number > most]:
+            many = f"Queue count ({wide[0]}) must not exceed boot vCPUs ({most})"
+            words = "Failed to validate config", many
+        elif any(disk["id"] == other["id"] for other in self.config["disks"]):
             words = "Failed to validate config", f"Identifier {disk['id']} is not unique"
         elif self.state != CREATED and disk["id"] in self.devices:
             not_unique = f"Invalid identifier as it is not unique: {disk['id']}"

@@ -67,17 +67,18 @@ def drives(config: VmConfig, *, seed: bool = False) -> tuple[Drive, ...]:
         )
         for file in _own(config)
     )
-    further = (
-        Drive(
-            _path(index, disk),
-            disk.readonly,
-            disk.serial,
-            role="layer" if disk.is_host_path else "data",
-            fstype=disk.fstype,
-        )
-        for index, disk in enumerate(config.disks)
-    )
+    further = (_drive(index, disk) for index, disk in enumerate(config.disks))
     return (*own, *further, *((SEED_DRIVE,) if seed else ()))
+
+
+def own_disks(config: VmConfig) -> dict[str, Drive]:
+    """Return those of `disks` that are the agent's own, by name."""
+    return {disk.name: _drive(0, disk) for disk in config.disks if not disk.is_host_path}
+
+
+def data_file(name: str) -> str:
+    """Return the name of the file behind the agent's own disk `name`."""
+    return f"data-{name}.raw"
 
 
 def disk_files(config: VmConfig) -> Iterator[DiskFile]:
@@ -85,7 +86,7 @@ def disk_files(config: VmConfig) -> Iterator[DiskFile]:
     yield from _own(config)
     for disk in config.disks:
         if not disk.is_host_path:
-            yield DiskFile(_file(disk), disk.size, disk.fstype)
+            yield DiskFile(data_file(disk.name), disk.size, disk.fstype)
 
 
 def host_disk_binds(config: VmConfig) -> tuple[Bind, ...]:
@@ -112,11 +113,17 @@ def _backing(file: DiskFile) -> Backing | None:
     return Backing(path, file.base.format)
 
 
+def _drive(index: int, disk: Disk) -> Drive:
+    return Drive(
+        _path(index, disk),
+        disk.readonly,
+        disk.serial,
+        role="layer" if disk.is_host_path else "data",
+        fstype=disk.fstype,
+    )
+
+
 def _path(index: int, disk: Disk) -> str:
     if disk.is_host_path:
         return f"{canonical.DISKS}/{index}"
-    return f"{canonical.VM}/{_file(disk)}"
-
-
-def _file(disk: Disk) -> str:
-    return f"data-{disk.name}.raw"
+    return f"{canonical.VM}/{data_file(disk.name)}"

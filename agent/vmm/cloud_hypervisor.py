@@ -13,13 +13,14 @@ from typing import Any
 
 from agent.model import canonical
 from agent.model.config import VmConfig
-from agent.model.disks import Drive, drives, host_disk_binds
+from agent.model.disks import drives, host_disk_binds
 from agent.model.errors import Damaged, Failed, Invalid, Unsupported
 from agent.model.launch import LaunchPlan
-from agent.model.size import MIB, show_size
+from agent.model.size import MIB
 from agent.model.vm import FirmwareFormat, Vm
 
 from . import userfault
+from .cloud_hypervisor_hardware import API, VCPU_THREAD, GuestHardware, disk_words
 from .driver import Capabilities, Directory, Version, VmmState, last_line
 from .http import HttpApi
 from .kvm import kvm_obstacle
@@ -31,13 +32,10 @@ DEFAULT_CMDLINE = "console=ttyS0 panic=1 loglevel=3"
 MINIMUM_VERSION = (53, 0)
 """The oldest that was tried: the first that keeps what a serial socket says for who comes late."""
 
-_API = "/api/v1"
-_BALLOON_FROM = 256 * MIB  # Cocoon's choice, as are the quarter and the depth of disks' queues
+_BALLOON_FROM = 256 * MIB  # Cocoon's choice, as is the quarter
 _BALLOON_SHARE = 4
-_QUEUE_SIZE = 512
 _RANDOM = "/dev/urandom"
 _OWN_MEMORY = 64 * MIB
-_VCPU_THREAD = b"vcpu"
 _LOADING_THREAD = b"uffd-handler"
 _CHAIN = "exited with the following chain of errors"
 _LINK = re.compile(r"\s*\d+: (.+)")
@@ -61,6 +59,7 @@ class CloudHypervisor:
         first_boot_seed=True,
         serial_socket=True,
         firmware=FirmwareFormat.ELF,
+        live_changes=True,
     )
 
     def __init__(
@@ -129,7 +128,7 @@ class CloudHypervisor:
 
         Its API is there before the guest is: the threads of the vCPUs are the last that is built.
         """
-        return has_thread(pid, _VCPU_THREAD)
+        return has_thread(pid, VCPU_THREAD)
 
     def is_loading(self, pid: int) -> bool:
         """Whether memory is still loaded on demand; see Driver.
@@ -180,6 +179,11 @@ class CloudHypervisorVmm:
 
     def __init__(self, api: HttpApi) -> None:
         self._api = api
+
+    @property
+    def live(self) -> GuestHardware:
+        """What changes the hardware of the guest; see Vmm."""
+        return GuestHardware(self._api)
 
     async def state(self, timeout: float = 10) -> VmmState:
         """Return what Cloud Hypervisor says of itself; see Vmm."""
@@ -256,10 +260,10 @@ class CloudHypervisorVmm:
                 raise
 
     async def _get(self, path: str, timeout: float) -> Any:
-        return await self._api.call("GET", f"{_API}/{path}", timeout=timeout)
+        return await self._api.call("GET", f"{API}/{path}", timeout=timeout)
 
     async def _put(self, path: str, body: Mapping[str, Any] | None, timeout: float) -> None:
-        await self._api.call("PUT", f"{_API}/{path}", body, timeout=timeout)
+        await self._api.call("PUT", f"{API}/{path}", body, timeout=timeout)
 
 
 def _unknown(what: str) -> Failed:
@@ -273,8 +277,8 @@ def _boot_arguments(vm: Vm) -> list[str]:
         raise Invalid('there is nothing to boot: write {"kernel": …} or {"firmware": …} to boot')
     _check_possible(config)
     words = [
-        *("--cpus", f"boot={config.cpu}"),
-        *("--memory", f"size={config.memory}"),
+        *("--cpus", f"boot={config.cpu},max={config.most_cpu}"),
+        *("--memory", _memory_words(config)),
         *("--rng", f"src={_RANDOM}"),
         "--watchdog",
         *("--serial", f"socket={canonical.CONSOLE_SOCKET}"),
@@ -288,43 +292,13 @@ def _boot_arguments(vm: Vm) -> list[str]:
     if config.memory >= _BALLOON_FROM:
         size = config.memory // _BALLOON_SHARE
         words += ["--balloon", f"size={size},deflate_on_oom=on,free_page_reporting=on"]
-    disks = [_disk_words(drive, config.cpu) for drive in drives(config, seed=bool(vm.seed))]
+    disks = [disk_words(drive, config.cpu) for drive in drives(config, seed=bool(vm.seed))]
     return [*words, "--disk", *disks] if disks else words
 
 
-def _disk(drive: Drive, cpu: int) -> dict[str, Any]:
-    """Return the options of a disk, by the names that command line and API share.
-
-    A queue for each vCPU. They are tied to no CPU of the host: the unit's limits are what shares
-    those among VMs, and the jail denies the call.
-    """
-    options: dict[str, Any] = {
-        "path": drive.path,
-        "id": _disk_name(drive),
-        "readonly": drive.readonly,
-        # The guest has a cache of its own; what many read is better in the host's.
-        "direct": not drive.readonly,
-        "num_queues": cpu,
-        "queue_size": _QUEUE_SIZE,
-        "backing_files": drive.backing is not None,
-    }
-    return {**options, "serial": drive.serial} if drive.serial else options
-
-
-def _disk_words(drive: Drive, cpu: int) -> str:
-    shown = {True: "on", False: "off"}
-    options = {**_disk(drive, cpu), "image_type": drive.format}
-    return ",".join(
-        f"{name}={shown[value] if isinstance(value, bool) else value}"
-        for name, value in options.items()
-    )
-
-
-def _disk_name(drive: Drive) -> str:
-    """Return what the VMM calls the disk, whatever else comes and goes beside it."""
-    if drive.role == "layer":
-        return f"disk-{os.path.basename(drive.path)}"
-    return os.path.basename(drive.path).rpartition(".")[0]
+def _memory_words(config: VmConfig) -> str:
+    later = config.most_memory - config.memory
+    return f"size={config.memory}" + (f",hotplug_size={later}" if later else "")
 
 
 def _check_possible(config: VmConfig) -> None:
@@ -333,15 +307,4 @@ def _check_possible(config: VmConfig) -> None:
         raise Unsupported(
             "Cloud Hypervisor keeps no record of changed memory: set track_dirty to no, or "
             "hypervisor to firecracker"
-        )
-    if config.most_cpu > config.cpu:
-        raise Unsupported(
-            f"Cloud Hypervisor VMs get no CPUs later yet (max_cpu {config.max_cpu}, cpu "
-            f"{config.cpu}): write the same to both"
-        )
-    if config.most_memory > config.memory:
-        raise Unsupported(
-            f"Cloud Hypervisor VMs get no memory later yet (max_memory "
-            f"{show_size(config.max_memory)}, memory {show_size(config.memory)}): write the same "
-            "to both"
         )

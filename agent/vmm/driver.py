@@ -1,11 +1,13 @@
 """What a backend must offer: one driver a VMM program, one connection a running VMM."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from agent.model.config import VmConfig
+from agent.model.disks import Drive
 from agent.model.launch import LaunchPlan
 from agent.model.vm import Vm
 
@@ -35,13 +37,14 @@ class Capabilities:
     `elf_kernel` it boots no bzImage: `canonical.KERNEL` must be the ELF that is packed in it. With
     `qcow2` it has disks in that format too, not only raw ones. With `serial_socket` the guest's
     console is `canonical.CONSOLE_SOCKET`, made by the VMM, else its standard input and output.
-    `firmware` is the format of the firmware files that it boots, "" where it boots none.
+    `firmware` is the format of the firmware files that it boots, "" where it boots none. With
+    `live_changes` its VMMs have `Vmm.live`.
     """
 
     pause: bool = True
     snapshot: bool = False
     track_dirty: bool = False
-    live_resize: bool = False
+    live_changes: bool = False
     disk_serials: bool = False
     qcow2: bool = False
     first_boot_seed: bool = False
@@ -59,12 +62,66 @@ class VmmState(StrEnum):
     PAUSED = "paused"
 
 
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What a guest has while it runs.
+
+    `cpu` are the vCPUs that exist, `claimed_cpu` those that a snapshot or a reboot would go on
+    with, `least_cpu` how few there may be. `memory` is in bytes. `disks` are those of the disks
+    asked about that the guest has, `leaving` those of them that it was asked to let go of.
+    """
+
+    cpu: int
+    claimed_cpu: int
+    least_cpu: int
+    memory: int
+    disks: frozenset[Drive] = frozenset()
+    leaving: frozenset[Drive] = frozenset()
+
+
+class LiveChanges(Protocol):
+    """What changes the hardware of a guest that runs; its calls raise as those of `Vmm`.
+
+    What is given is there when the call returns, and the guest's to make use of. What is taken
+    away is a request to the guest: `hardware` tells when it has let go.
+    """
+
+    async def hardware(self, pid: int, drives: Iterable[Drive], timeout: float = 10) -> Hardware:
+        """Return what the guest has; `pid` is the VMM's process, `drives` what to look for."""
+        ...
+
+    def check(self, now: Hardware, config: VmConfig) -> None:
+        """Raise Unsupported or Invalid when a guest that has `now` cannot come to `config`."""
+        ...
+
+    async def set_cpus(self, cpu: int, timeout: float = 10) -> None:
+        """Give the guest vCPUs, or ask it for them; raise Busy while it owes some."""
+        ...
+
+    async def set_memory(self, memory: int, timeout: float = 10) -> None:
+        """Give the guest memory, to have so many bytes then."""
+        ...
+
+    async def add_disk(self, drive: Drive, cpu: int, timeout: float = 10) -> None:
+        """Give the guest, which has `cpu` vCPUs, a disk, whose file is there."""
+        ...
+
+    async def remove_disk(self, drive: Drive, timeout: float = 10) -> None:
+        """Ask the guest to let go of a disk."""
+        ...
+
+
 class Vmm(Protocol):
     """A running VMM, reached over its API socket.
 
     Every call raises Failed with the VMM's own message or because it is gone, TimedOut when it does
     not answer within `timeout` seconds, or Unsupported. Paths are those of the jail.
     """
+
+    @property
+    def live(self) -> LiveChanges | None:
+        """What changes the hardware of the guest, None where the VMM cannot."""
+        ...
 
     async def state(self, timeout: float = 10) -> VmmState:
         """Return what the VMM says of itself.

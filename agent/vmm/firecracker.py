@@ -164,6 +164,8 @@ class Firecracker:
 class FirecrackerVmm:
     """A running Firecracker; see Vmm."""
 
+    live = None
+
     def __init__(self, api: HttpApi) -> None:
         self._api = api
 
@@ -249,12 +251,12 @@ def _check_possible(config: VmConfig) -> None:
     if config.most_cpu > config.cpu:
         raise Unsupported(
             f"Firecracker cannot add CPUs later (max_cpu {config.max_cpu}, cpu {config.cpu}): "
-            "no backend can yet, write the same to both"
+            "cloud-hypervisor can; or write the same to both"
         )
     if config.most_memory > config.memory:
         raise Unsupported(
             f"Firecracker cannot add memory later (max_memory {show_size(config.max_memory)}, "
-            f"memory {show_size(config.memory)}): no backend can yet, write the same to both"
+            f"memory {show_size(config.memory)}): cloud-hypervisor can; or write the same to both"
         )
     if any(drive.format != "raw" for drive in drives(config)):
         raise Unsupported(

@@ -5,6 +5,8 @@ import re
 import shutil
 import struct
 import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
 
 import trio
 
@@ -91,15 +93,24 @@ def is_dynamic(path: str) -> bool:
 
 def has_thread(pid: int, prefix: bytes) -> bool:
     """Whether the process has a thread of such a name; false when it is gone."""
+    return any(name.startswith(prefix) for name in _thread_names(pid))
+
+
+def count_threads(pid: int, prefix: bytes) -> int:
+    """Return how many threads of such a name the process has; 0 when it is gone."""
+    return sum(name.startswith(prefix) for name in _thread_names(pid))
+
+
+def _thread_names(pid: int) -> Iterator[bytes]:
+    """Yield the names of the process's threads, none when it is gone."""
     try:
-        # Backwards: threads of vCPUs come last.
-        for task in reversed(os.listdir(f"/proc/{pid}/task")):
+        tasks = os.listdir(f"/proc/{pid}/task")
+    except (FileNotFoundError, ProcessLookupError):
+        return
+    for task in reversed(tasks):  # those of vCPUs come last
+        with suppress(FileNotFoundError, ProcessLookupError):
             comm = os.open(f"/proc/{pid}/task/{task}/comm", os.O_RDONLY | os.O_CLOEXEC)
             try:
-                if os.read(comm, 16).startswith(prefix):
-                    return True
+                yield os.read(comm, 16)
             finally:
                 os.close(comm)
-    except (FileNotFoundError, ProcessLookupError):
-        pass
-    return False

@@ -178,6 +178,8 @@ class Qemu:
 class QemuVmm:
     """A running QEMU; see Vmm."""
 
+    live = None
+
     def __init__(self, qmp: QmpConnection, directory: Directory) -> None:
         """`directory` lends the VM's directory."""
         self._qmp = qmp
@@ -348,12 +350,12 @@ def _check_possible(config: VmConfig) -> None:
     if config.most_cpu > config.cpu:
         raise Unsupported(
             f"QEMU VMs get no CPUs later (max_cpu {config.max_cpu}, cpu {config.cpu}): "
-            "write the same to both"
+            "cloud-hypervisor can; or write the same to both"
         )
     if config.most_memory > config.memory:
         raise Unsupported(
             f"QEMU VMs get no memory later (max_memory {show_size(config.max_memory)}, "
-            f"memory {show_size(config.memory)}): write the same to both"
+            f"memory {show_size(config.memory)}): cloud-hypervisor can; or write the same to both"
         )
     if config.track_dirty:
         raise Unsupported(

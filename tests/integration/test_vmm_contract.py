@@ -49,6 +49,11 @@ REQUESTS = {
         "more": ("PUT", "/api/v1/vm.resize", {"desired_vcpus": 3}),
         "odd": ("PUT", "/api/v1/vm.resize", {"desired_ram": (64 << 20) + 4096}),
         "memory": ("PUT", "/api/v1/vm.resize", {"desired_ram": (64 + 128) << 20}),
+        "wide": (
+            "PUT",
+            "/api/v1/vm.add-disk",
+            {"path": "disk", "id": "three", "num_queues": 5, "image_type": "Raw"},
+        ),
         "add": ("PUT", "/api/v1/vm.add-disk", {"path": "disk", "id": "two", "image_type": "Raw"}),
         "remove": ("PUT", "/api/v1/vm.remove-device", {"id": "two"}),
         "shutdown": ("PUT", "/api/v1/vm.shutdown", None),
@@ -62,7 +67,7 @@ LIVES = {
     "cloud-hypervisor": [
         (
             RUNNING,
-            "boot resume snapshot button cpus odd memory same add add remove remove add "
+            "boot resume snapshot button cpus odd memory same wide add add remove remove add "
             "pause boot pause snapshot button cpus odd more remove fewer same more shutdown "
             "shutdown pause resume snapshot button fewer same remove boot boot shutdown "
             "add add remove remove boot pause resume add fewer cpus more same",

@@ -16,6 +16,7 @@ from described_vmm import CREATED, EMPTY, PAUSED, RUNNING, VMMS, Refusal
 
 import agent.vmm
 from agent.model import canonical
+from agent.model.disks import Drive
 from agent.model.errors import Failed, TimedOut
 from agent.model.size import MIB
 from agent.vmm import cloud_hypervisor, firecracker
@@ -46,6 +47,14 @@ CALLS = {
     ],
 }
 """All that a connection can do: by method, the arguments that make it ask for different things."""
+DISK = Drive(f"{canonical.VM}/data-d.raw")
+CHANGES = {
+    "set_cpus": (3,),
+    "set_memory": (192 * MIB,),
+    "add_disk": (DISK, 2),
+    "remove_disk": (DISK,),
+}
+"""What changes the hardware of a guest, where that can be."""
 
 
 @pytest.fixture(params=VMMS)
@@ -115,6 +124,12 @@ async def test_every_request_that_the_driver_names_is_sent_as_described(name, de
             async with connected(vmm) as connection:
                 await getattr(connection, method)(**arguments)
             sent |= {path for _, path, _ in vmm.requests}
+    if "cloud" in name:
+        vmm = described(hotplug=128 * MIB)
+        async with connected(vmm) as connection:
+            for change, wanted in CHANGES.items():
+                await getattr(connection.live, change)(*wanted)
+        sent |= {path for _, path, _ in vmm.requests}
     sources = [path.read_text() for path in Path(agent.vmm.__file__).parent.glob("*.py")]
     nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
     words = {node.value for node in nodes if isinstance(node, ast.Constant)}

@@ -1,0 +1,197 @@
+"""The hardware of Cloud Hypervisor's guests: their disks, and what changes while they run.
+
+Requests and answers are those of vmm/src/api/openapi/cloud-hypervisor.yaml. Memory is plugged the
+ACPI way, in pieces that the guest sees as DIMMs; CPUs and disks come and go with ACPI's eject.
+"""
+
+import os
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from agent.model.config import VmConfig
+from agent.model.disks import Drive
+from agent.model.errors import Busy, Failed, Invalid, Unsupported
+from agent.model.size import MIB, show_size
+
+from .driver import Hardware
+from .http import HttpApi
+from .program import count_threads
+
+API = "/api/v1"
+VCPU_THREAD = b"vcpu"
+
+_QUEUE_SIZE = 512  # Cocoon's choice
+_IMAGE_TYPES = {"raw": "Raw", "qcow2": "Qcow2"}
+_MEMORY_STEP = 128 * MIB  # vmm/src/memory_manager.rs: what a DIMM measures
+_FULL = "No ACPI slot available"
+_OWED = "Too Many Requests"  # all that is said of a vCPU that the guest has not let go of
+
+
+class GuestHardware:
+    """What a running guest has; see LiveChanges."""
+
+    def __init__(self, api: HttpApi) -> None:
+        self._api = api
+
+    async def hardware(self, pid: int, drives: Iterable[Drive], timeout: float = 10) -> Hardware:
+        """Return what the guest has; see LiveChanges.
+
+        The configuration that Cloud Hypervisor describes has what was asked for. What has not gone
+        yet is a thread, or a device in its tree.
+        """
+        found = await self._describe(timeout)
+        cpu = count_threads(pid, VCPU_THREAD)
+        if not cpu:
+            raise Failed("the guest has no CPU any more: it has ended")
+        present = {drive for drive in drives if found.id_of(drive) in found.devices}
+        return Hardware(
+            cpu=cpu,
+            claimed_cpu=found.cpu,
+            least_cpu=max(found.queues, default=1),
+            memory=found.memory,
+            disks=frozenset(present),
+            leaving=frozenset(drive for drive in present if _disk_name(drive) not in found.disks),
+        )
+
+    def check(self, now: Hardware, config: VmConfig) -> None:
+        """Raise Unsupported or Invalid for what the guest cannot come to; see LiveChanges."""
+        if config.memory < now.memory:
+            raise Unsupported(
+                f"Cloud Hypervisor takes no memory from a guest that runs, which has "
+                f"{show_size(now.memory)}: stop the VM first"
+            )
+        rest = (config.memory - now.memory) % _MEMORY_STEP
+        if rest:
+            sizes = (config.memory - rest, config.memory - rest + _MEMORY_STEP)
+            possible = [
+                show_size(size) for size in sizes if now.memory < size <= config.most_memory
+            ]
+            remedy = f"write {' or '.join(possible)}, or " if possible else ""
+            raise Invalid(
+                f"memory of a guest that runs, {show_size(now.memory)} now, grows by multiples of "
+                f"{show_size(_MEMORY_STEP)}: {remedy}stop the VM first"
+            )
+        if config.cpu < min(now.cpu, now.least_cpu):
+            # Cloud Hypervisor neither adds a disk to such a guest nor loads a snapshot of it.
+            raise Unsupported(
+                f"the guest has a disk with {now.least_cpu} queues, and keeps as many CPUs while "
+                "it runs: stop the VM first"
+            )
+
+    async def set_cpus(self, cpu: int, timeout: float = 10) -> None:
+        """Give the guest vCPUs, or ask it for them; see LiveChanges."""
+        try:
+            await self._put("vm.resize", {"desired_vcpus": cpu}, timeout)
+        except Failed as error:
+            if _OWED in str(error):
+                raise Busy(
+                    "the guest was asked for a CPU before and has not let go of it: its CPUs "
+                    "change once it has, or once the VM was stopped"
+                ) from error
+            raise
+
+    async def set_memory(self, memory: int, timeout: float = 10) -> None:
+        """Give the guest memory; see LiveChanges."""
+        try:
+            await self._put("vm.resize", {"desired_ram": memory}, timeout)
+        except Failed as error:
+            if _FULL in str(error):
+                raise Unsupported(
+                    "the guest's memory has grown eight times, and no more can be plugged before "
+                    "the next start: stop the VM first"
+                ) from error
+            raise
+
+    async def add_disk(self, drive: Drive, cpu: int, timeout: float = 10) -> None:
+        """Give the guest a disk; see LiveChanges."""
+        body = {**_disk_options(drive, cpu), "image_type": _IMAGE_TYPES[drive.format]}
+        await self._put("vm.add-disk", body, timeout)
+
+    async def remove_disk(self, drive: Drive, timeout: float = 10) -> None:
+        """Ask the guest to let go of a disk; see LiveChanges."""
+        found = await self._describe(timeout)
+        await self._put("vm.remove-device", {"id": found.id_of(drive)}, timeout)
+
+    async def _describe(self, timeout: float) -> "_Description":
+        return _parse(await self._api.call("GET", f"{API}/vm.info", timeout=timeout))
+
+    async def _put(self, path: str, body: Mapping[str, Any], timeout: float) -> None:
+        await self._api.call("PUT", f"{API}/{path}", body, timeout=timeout)
+
+
+@dataclass(frozen=True, slots=True)
+class _Description:
+    """What `vm.info` says. `disks` are ids by what we call the disks, `devices` ids of all."""
+
+    cpu: int
+    memory: int
+    disks: Mapping[str, str]
+    queues: Sequence[int]
+    devices: Container[str]
+
+    def id_of(self, drive: Drive) -> str:
+        """Return the disk's id: in a guest of a foreign snapshot it has another than ours."""
+        return self.disks.get(_disk_name(drive), _disk_name(drive))
+
+
+def _parse(info: Any) -> _Description:
+    disks: dict[str, str] = {}
+    queues: list[int] = []
+    match info:
+        case {
+            "config": {
+                "cpus": {"boot_vcpus": int(cpu)},
+                "memory": {"size": int(memory)},
+                **further,
+            },
+            "device_tree": dict(devices),
+        }:
+            found = further.get("disks")
+            for disk in found if isinstance(found, list) else ():
+                match disk:
+                    case {"id": str(name), "path": str(path), "num_queues": int(number)}:
+                        disks[_stem(path)] = name
+                        queues.append(number)
+            return _Description(cpu, memory, disks, queues, devices)
+    raise Failed("Cloud Hypervisor described what its guest has in a way that is unknown")
+
+
+def _stem(path: str) -> str:
+    return os.path.basename(path).rpartition(".")[0]
+
+
+def _disk_options(drive: Drive, cpu: int) -> dict[str, Any]:
+    """Return the options of a disk, by the names that command line and API share.
+
+    A queue for each vCPU. They are tied to no CPU of the host: the unit's limits are what shares
+    those among VMs, and the jail denies the call.
+    """
+    options: dict[str, Any] = {
+        "path": drive.path,
+        "id": _disk_name(drive),
+        "readonly": drive.readonly,
+        # The guest has a cache of its own; what many read is better in the host's.
+        "direct": not drive.readonly,
+        "num_queues": cpu,
+        "queue_size": _QUEUE_SIZE,
+        "backing_files": drive.backing is not None,
+    }
+    return {**options, "serial": drive.serial} if drive.serial else options
+
+
+def disk_words(drive: Drive, cpu: int) -> str:
+    """Return the option of the command line for a disk of a guest that has `cpu` vCPUs."""
+    shown = {True: "on", False: "off"}
+    options = {**_disk_options(drive, cpu), "image_type": drive.format}
+    return ",".join(
+        f"{name}={shown[value] if isinstance(value, bool) else value}"
+        for name, value in options.items()
+    )
+
+
+def _disk_name(drive: Drive) -> str:
+    """Return what the VMM calls the disk, whatever else comes and goes beside it."""
+    if drive.role == "layer":
+        return f"disk-{os.path.basename(drive.path)}"
+    return _stem(drive.path)
