@@ -17,7 +17,7 @@ from agent.model.pinned import PINNED
 from agent.model.vm import State, Vm
 from agent.systemd.users import remove_user
 
-from . import images
+from . import images, live
 from .services import RESTING, Services
 
 _log = logging.getLogger(__name__)
@@ -65,13 +65,17 @@ async def configure(
     services: Services, caller: Caller, vm_id: str, changes: Mapping[str, Any]
 ) -> None:
     """Merge `changes` into the configuration; what is there already may always be written."""
+    await live.settle(services, vm_id)
     vm = services.vm(vm_id)
     config = await _configured(services, caller, vm.config, changes)
+    if vm.state not in RESTING:
+        config = live.keep_room(vm, config, changes)
     if config == vm.config:
         return
     changed = [name for name, key in KEYS.items() if key.show(config) != key.show(vm.config)]
+    hardware = [name for name in live.HARDWARE if name in changed]
     if vm.state not in RESTING:
-        fixed = [name for name in changed if not KEYS[name].live]
+        fixed = [name for name in changed if not (KEYS[name].live or name in hardware)]
         if fixed:
             raise Busy(
                 f"VM {vm.name} is {vm.state}: {', '.join(fixed)} can change only while it is "
@@ -90,6 +94,10 @@ async def configure(
             "write that or more"
         )
     _check_disks(vm, config)
+    if hardware and vm.state not in RESTING:
+        live.check(services, vm, config, hardware)
+        await live.change(services, vm_id, config)
+        return
     config = _with_image(services, caller, config, vm.config)
     await services.save(vm_id, config=config, reason="configure")
 

@@ -36,6 +36,7 @@ from agent.storage.snapshots import SAVE, Base
 from agent.systemd.unit import memory_limit
 from agent.vmm.driver import Vmm
 
+from . import live
 from .library import check_free, published
 from .pause import connected
 from .services import Services
@@ -64,6 +65,9 @@ async def take(services: Services, vm_id: str, name: str, *, hibernate: bool = F
     if vm.state not in (State.RUNNING, State.PAUSED):
         raise Invalid(f"VM {vm.name} is {vm.state}: a snapshot takes one that is running or paused")
     _check(services, vm, name)
+    if services.drivers[vm.hypervisor].capabilities.live_changes:
+        await live.check_settled(services, vm_id)
+        vm = services.vm(vm_id)
     limit = await _process_limit(services, vm)
     base = await _open_base(services, vm)
     try:
@@ -372,6 +376,9 @@ async def _raised_limit(services: Services, vm: Vm, limit: int) -> AsyncIterator
 
 
 async def _lower_limit(services: Services, vm: Vm, limit: int) -> None:
+    now = services.index.vms.get(vm.id)
+    if now is None or now.changing is not None or now.config.memory != vm.config.memory:
+        return  # a change to the VM sets it
     try:
         await services.units.set_properties(vm, memory_limit(limit))
     except CocoonError as error:

@@ -273,6 +273,7 @@ async def launch(
             "hypervisor_version": vm.hypervisor_version,
             "booted": vm.booted,
             "seed": vm.seed,
+            "changing": None,
             "started_at": began,
         }
         if vm.config.base is not None and not vm.started_at:
@@ -333,6 +334,7 @@ async def loaded(services: Services, vm: Vm, plan: LaunchPlan, loading: Loading,
         user_paused=False,
         first_booted=True,
         restoring="",
+        changing=None,
         seed=vm.seed,
         seeded="",  # the guest is the one that the snapshot was taken of
         dirty_base=DirtyBase(loading.snapshot.id, pid) if vm.config.track_dirty else None,
@@ -417,7 +419,9 @@ async def look_after(services: Services, vm_id: str) -> None:
     if vm is not None and vm.pid:
         with _reporting_trouble(services, vm):
             await services.consoles.keep(vm, vm.pid)
-            await services.units.set_properties(vm, running_properties(vm))
+            now = services.index.vms.get(vm_id)
+            if now is not None and now.pid == vm.pid:
+                await services.units.set_properties(now, running_properties(now))
     await show_machine(services, vm_id)
 
 
@@ -434,7 +438,7 @@ async def show_machine(services: Services, vm_id: str) -> None:
 async def _remove_stale_disks(services: Services, vm_id: str, pid: int) -> None:
     """Remove disks that were taken out of the configuration, now that `pid` has run without."""
     vm = services.index.vms.get(vm_id)
-    if vm is not None and vm.pid == pid:
+    if vm is not None and vm.pid == pid and vm.changing is None:
         with _reporting_trouble(services, vm):
             await services.tree.remove_stale_disks(vm)
 

@@ -90,6 +90,7 @@ async def ended(
         reason=reason,
         error=error,
         stopped_at=time.time(),
+        changing=None,
         **PROCESS_GONE,
         **changes,
     )

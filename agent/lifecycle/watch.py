@@ -9,6 +9,7 @@ from agent.model.errors import CocoonError
 from agent.model.vm import UNIT_PREFIX, State, Vm
 from agent.systemd.watch import ENDED, Resync, UnitChange, UnitState
 
+from . import live
 from .operation import Operations
 from .services import PROCESS_GONE, RESTING, Services
 from .start import look_after
@@ -101,6 +102,8 @@ async def settle(services: Services, vm_id: str) -> None:
                 reason = "restart" if vm.pid not in (0, unit.main_pid) else vm.reason
                 services.note(vm_id, state=State.RUNNING, pid=unit.main_pid, reason=reason)
                 services.background.start_soon(look_after, services, vm_id)
+            if vm.changing is not None:
+                services.in_turn(vm_id, functools.partial(live.settle, services, vm_id))
         case "activating":
             # systemd waits in opening the FIFOs until somebody holds them.
             await services.open_console(vm)

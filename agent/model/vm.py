@@ -100,7 +100,8 @@ class Vm:
     `restoring` that of the snapshot it is being put back to; `snapshots` are those taken of it.
     `restored_by` is how the memory was loaded by a process that went on from a snapshot, where the
     VMM knows several ways. `seed` is the instance id in the seed that is, or was last, among its
-    disks, "" for none; `seeded` the one with which a guest on its disks has booted.
+    disks, "" for none; `seeded` the one with which a guest on its disks has booted. `changing` is
+    what the configuration of a VM that runs was to become, until it is known what it became.
     """
 
     id: str
@@ -124,6 +125,7 @@ class Vm:
     first_booted: bool = False
     seed: str = ""
     seeded: str = ""
+    changing: VmConfig | None = None
     snapshots: tuple[str, ...] = ()
     created_at: float = 0
     updated_at: float = 0
@@ -155,22 +157,27 @@ def from_row(row: dict[str, Any]) -> Vm:
     Keys that an older agent did not write take their defaults; values are the agent's own and are
     not checked again (a host that lost CPUs must still read its records).
     """
-    config = dict(row["config"])
-    config["boot"] = Boot(**config["boot"]) if config.get("boot") else None
-    config["base"] = BaseImage(**config["base"]) if config.get("base") else None
-    config["disks"] = tuple(Disk(**disk) for disk in config.get("disks", ()))
-    config["ssh_keys"] = tuple(config.get("ssh_keys", ()))
     return Vm(
         **{
             **row,
             "access": Access(**row["access"]),
-            "config": VmConfig(**config),
+            "config": _config(row["config"]),
+            "changing": _config(row["changing"]) if row.get("changing") else None,
             "state": State(row["state"]),
             "booted": _booted(row.get("booted", {})),
             "dirty_base": DirtyBase(**row["dirty_base"]) if row.get("dirty_base") else None,
             "snapshots": tuple(row.get("snapshots", ())),
         }
     )
+
+
+def _config(row: dict[str, Any]) -> VmConfig:
+    config = dict(row)
+    config["boot"] = Boot(**config["boot"]) if config.get("boot") else None
+    config["base"] = BaseImage(**config["base"]) if config.get("base") else None
+    config["disks"] = tuple(Disk(**disk) for disk in config.get("disks", ()))
+    config["ssh_keys"] = tuple(config.get("ssh_keys", ()))
+    return VmConfig(**config)
 
 
 def _booted(row: dict[str, Any]) -> BootFiles:

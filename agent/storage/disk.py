@@ -23,10 +23,10 @@ _FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
 def ensure_disk(directory: int, file: DiskFile, uid: int, base: str = "") -> None:
     """Make the disk be there with its size: make it, sparse, or grow the one that is there.
 
-    `directory` is a descriptor of the VM's directory, and the VM has no process; `base` is the path
-    of the base image, for a disk that is a copy of it. Raises Invalid rather than shrink the disk,
-    Damaged for an overlay that is none any more, and Failed when something else stands in its
-    place. What was on a disk stays; the guest grows its filesystem.
+    `directory` is a descriptor of the VM's directory, whose process, if there is one, does not use
+    the disk; `base` is the path of the base image, for a disk that is a copy of it. Raises Invalid
+    rather than shrink the disk, Damaged for an overlay that is none any more, and Failed when
+    something else stands in its place. What was on a disk stays; the guest grows its filesystem.
     """
     try:
         disk = os.open(file.name, os.O_PATH | _FLAGS, dir_fd=directory)

@@ -5,14 +5,15 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import trio
 
 from agent.model import canonical
-from agent.model.disks import disk_files, host_disk_binds
+from agent.model.config import VmConfig
+from agent.model.disks import data_file, disk_files, host_disk_binds
 from agent.model.errors import (
     CocoonError,
     Failed,
@@ -101,6 +102,20 @@ class Tree:
         """
         doing = f"preparing the files of VM {vm.name}"
         return await self.in_thread(doing, self._prepare_vm, vm, files, environment, base)
+
+    async def make_disks(self, vm: Vm, config: VmConfig, names: Collection[str]) -> None:
+        """Make the agent's own disks `names` of `config`, which a VM that runs is to be given.
+
+        Raises as `prepare_vm` does.
+        """
+        if names:
+            doing = f"making disks of VM {vm.name}"
+            await self.in_thread(doing, self._make_disks, vm, config, names)
+
+    async def remove_disks(self, vm: Vm, names: Collection[str]) -> None:
+        """Remove the agent's own disks `names`, which the VM has no more."""
+        if names:
+            await self.in_thread(f"removing disks of VM {vm.name}", self._remove_disks, vm, names)
 
     async def remove_stale_disks(self, vm: Vm) -> None:
         """Remove the agent's own disks that the VM, which has started without them, has no more."""
@@ -230,6 +245,18 @@ class Tree:
                 write_seed(opened, image, vm.uid, loads=loads)
             else:
                 directory.discard(opened, canonical.SEED)
+
+    def _make_disks(self, vm: Vm, config: VmConfig, names: Iterable[str]) -> None:
+        wanted = {data_file(name) for name in names}
+        with directory.opened_as(self.directory(vm.id), vm.uid) as opened:
+            for file in disk_files(config):
+                if file.name in wanted:
+                    ensure_disk(opened, file, vm.uid)
+
+    def _remove_disks(self, vm: Vm, names: Iterable[str]) -> None:
+        with directory.opened_as(self.directory(vm.id), vm.uid) as opened:
+            for name in names:
+                directory.discard(opened, data_file(name))
 
     def _remove_stale_disks(self, vm: Vm) -> None:
         wanted = {file.name for file in disk_files(vm.config)}

@@ -81,8 +81,7 @@ def vm_unit(vm: Vm, plan: LaunchPlan, paths: Paths, binds: Iterable[Bind] = ()) 
         ("BindPaths", _bind_property(bind for bind in mounts if not bind.readonly)),
         ("BindReadOnlyPaths", _bind_property(bind for bind in mounts if bind.readonly)),
         ("DeviceAllow", Variant("a(ss)", _devices(plan, mounts))),
-        ("MemoryMax", Variant("t", plan.memory)),
-        ("CPUWeight", Variant("t", min(100 * config.cpu, 10_000))),
+        *resource_limits(vm, plan.memory),
         ("TasksMax", Variant("t", 64 + 8 * config.most_cpu)),
     ]
 
@@ -96,6 +95,14 @@ def _standard_streams(plan: LaunchPlan, paths: Paths) -> list[Property]:
     return [
         ("StandardInputFile", Variant("s", paths.console_input)),
         ("StandardOutputFile", Variant("s", paths.console_output)),
+    ]
+
+
+def resource_limits(vm: Vm, memory: int) -> list[Property]:
+    """Return what the unit may use: `memory`, in bytes, and its share of the host's CPUs."""
+    return [
+        *memory_limit(memory),
+        ("CPUWeight", Variant("t", min(100 * vm.config.cpu, 10_000))),
     ]
 
 

@@ -1,6 +1,7 @@
 """What tests of snapshots share: names, archives, VMs that go on, an agent that dies at a step."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -8,7 +9,7 @@ import re
 import subprocess
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 DROP_IN = Path("/run/systemd/system/cocoon-host.service.d/50-crash.conf")
 MARKER = Path("/run/crashed")
 PATIENCE = 20.0
+AWAY = (errno.ECONNABORTED, errno.ENOTCONN, errno.ENOENT)
 
 
 def write_once(path: Path, text: str) -> None:
@@ -132,3 +134,20 @@ def dying_at(agent: Any, step: str, by: str = "SIGKILL") -> Iterator[None]:
     finally:
         DROP_IN.unlink()
         subprocess.run(["systemctl", "daemon-reload"], check=True, timeout=60)
+
+
+@contextlib.contextmanager
+def away() -> Iterator[None]:
+    """Run the body, in which the agent dies."""
+    with contextlib.suppress(ConnectionAbortedError):
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in AWAY:
+                raise
+
+
+def died(agent: Any, until: Callable[..., Any]) -> None:
+    """Wait until the agent has died at its step, and is back."""
+    until(MARKER.exists, what="the agent died at the step")
+    until(lambda: agent.is_active() and os.path.ismount(agent.mount), what="the agent is back")

@@ -4,24 +4,20 @@ Every acknowledged snapshot is whole then, every other one whole or gone, no VM 
 that its user had running, or resumed that its user had paused.
 """
 
-import contextlib
-import errno
 import os
 import random
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from snapshot_tools import MARKER, archive, dying_at, extract, names, settled
+from snapshot_tools import AWAY, archive, away, died, dying_at, extract, names, settled
 
 pytestmark = [pytest.mark.thorough, pytest.mark.backends]
-
-AWAY = (errno.ECONNABORTED, errno.ENOTCONN, errno.ENOENT)
 
 
 @pytest.fixture
@@ -31,23 +27,6 @@ def name(vm_name: Callable[[], str], agent: Any) -> Any:
     for found in names(agent):
         if found.startswith(name):
             archive(agent, found).unlink()
-
-
-@contextlib.contextmanager
-def away() -> Iterator[None]:
-    """Run the body, in which the agent dies."""
-    with contextlib.suppress(ConnectionAbortedError):
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in AWAY:
-                raise
-
-
-def died(agent: Any, until: Callable[..., Any]) -> None:
-    """Wait until the agent has died at its step, and is back."""
-    until(MARKER.exists, what="the agent died at the step")
-    until(lambda: agent.is_active() and os.path.ismount(agent.mount), what="the agent is back")
 
 
 def started(make_vm: Callable[..., Any], **config: Any) -> Any:

@@ -71,8 +71,8 @@ def test_einval_for_what_is_wrong(agent, make_vm, name, text, words):
 def test_ebusy_for_what_needs_the_vm_stopped(agent, make_vm):
     vm = make_vm()
     vm.verb("start")
-    with refuses(vm, agent, errno.EBUSY, "memory", "stop"):
-        vm.write("memory", "128M")
+    with refuses(vm, agent, errno.EBUSY, "storage", "stop"):
+        vm.write("storage", "128M")
     with fails(errno.EBUSY):
         vm.path.rmdir()
     with fails(errno.EBUSY):

@@ -122,6 +122,25 @@ async def test_disks_that_a_vm_has_no_more_are_removed_and_nothing_else(tree):
     assert (own / "vm.json").read_bytes() == b"{}"
 
 
+async def test_a_vm_that_runs_gets_disks_and_loses_them_by_name_alone(tree, tmp_path):
+    vm = make_vm(storage=MIB, disks=(Disk(name="a", size=MIB),))
+    await tree.prepare_vm(vm, {}, b"")
+    own = Path(tree.directory(vm.id))
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"x")
+    # Put there by a VMM that was taken over.
+    (own / ".data-b.raw.new").symlink_to(precious)
+    (own / "data-c.raw").symlink_to(precious)
+    wanted = VmConfig(storage=MIB, disks=tuple(Disk(name=name, size=MIB) for name in "abc"))
+    await tree.make_disks(vm, wanted, ["b"])
+    assert facts(own / "data-b.raw") == (UID, UID, 0o600)
+    with pytest.raises(Failed, match="not the VM's any more"):
+        await tree.make_disks(vm, wanted, ["c"])
+    await tree.remove_disks(vm, ["b", "c", "d"])
+    assert sorted(os.listdir(own)) == ["cow.raw", "data-a.raw"]
+    assert precious.read_bytes() == b"x"
+
+
 async def test_the_next_start_keeps_the_disk_and_renews_the_rest(tree):
     vm = make_vm(storage=MIB)
     await tree.prepare_vm(vm, {"vm.json": b"old"}, b"old")
