@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from dbus_next.signature import Variant
 
 from agent.model import canonical
+from agent.model.config import MAXIMUM_DISKS
 from agent.model.launch import Bind, LaunchPlan
 from agent.model.vm import Vm
 
@@ -82,7 +83,8 @@ def vm_unit(vm: Vm, plan: LaunchPlan, paths: Paths, binds: Iterable[Bind] = ()) 
         ("BindReadOnlyPaths", _bind_property(bind for bind in mounts if bind.readonly)),
         ("DeviceAllow", Variant("a(ss)", _devices(plan, mounts))),
         *resource_limits(vm, plan.memory),
-        ("TasksMax", Variant("t", 64 + 8 * config.most_cpu)),
+        # Some VMMs have a thread for each queue of a disk, of which there is one a CPU.
+        ("TasksMax", Variant("t", 64 + (8 + MAXIMUM_DISKS) * config.most_cpu)),
     ]
 
 

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from agent.model.access import Access
-from agent.model.config import VmConfig
+from agent.model.config import MAXIMUM_DISKS, VmConfig
 from agent.model.launch import Bind, LaunchPlan
 from agent.model.vm import Vm
 from agent.systemd.unit import (
@@ -102,6 +102,11 @@ def test_a_weight_is_one_that_systemd_takes_however_many_cpus():
 def test_the_quota_comes_only_once_the_guest_runs():
     assert "CPUQuotaPerSecUSec" not in values()
     assert dict(running_properties(VM))["CPUQuotaPerSecUSec"].value == 2_500_000
+
+
+def test_there_may_be_a_thread_for_each_queue_of_each_disk():
+    wide = dataclasses.replace(VM, config=VmConfig(cpu=1, max_cpu=32))
+    assert values(vm=wide)["TasksMax"] > 32 * (1 + MAXIMUM_DISKS + 2)
 
 
 def test_the_memory_limit_can_be_another():
