@@ -144,6 +144,8 @@ async def _record(services: Services, vm: Vm, name: str) -> tuple[Vm, Snapshot]:
         hypervisor_version=vm.hypervisor_version,
         cpu=vm.config.cpu,
         memory=vm.config.memory,
+        max_cpu=vm.config.max_cpu,
+        max_memory=vm.config.max_memory,
         storage=vm.config.own_size,
         **_image(vm),
         disks=_disks(vm),

@@ -44,9 +44,9 @@ def pin(config: VmConfig, snapshot: Snapshot, image: Image | None = None) -> VmC
     return dataclasses.replace(
         config,
         cpu=snapshot.cpu,
-        max_cpu=0,
+        max_cpu=snapshot.max_cpu,
         memory=snapshot.memory,
-        max_memory=0,
+        max_memory=snapshot.max_memory,
         hypervisor=snapshot.hypervisor,
         storage=snapshot.storage if image else sizes.get(canonical.COW, 0),
         image=image.name if image else "",

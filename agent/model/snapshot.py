@@ -116,8 +116,9 @@ class Snapshot:
     `archive_size` is what the archive measures, 0 before it was laid out. `extra` holds the fields
     of `snapshot.json` that are not known here, in the place where they stood. `kernel`, `initrd`
     and `firmware` are the SHA-256 of the files of that name, "" for none. `host_disks` are the
-    read-only disks of this host that the VM had, by their jail paths; they never travel. `reason`
-    says how it came into its state, `generation` counts committed transitions.
+    read-only disks of this host that the VM had, by their jail paths; `max_cpu` and `max_memory`
+    are as in a configuration; none of these travels. `reason` says how it came into its state,
+    `generation` counts committed transitions.
     """
 
     id: str
@@ -129,6 +130,8 @@ class Snapshot:
     description: str = ""
     cpu: int = 0
     memory: int = 0
+    max_cpu: int = 0
+    max_memory: int = 0
     storage: int = 0
     nics: int = 0
     image: str = ""

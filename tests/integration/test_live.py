@@ -183,6 +183,8 @@ def test_what_was_changed_goes_on_in_clones_and_restores(agent, make_vm, vm, nam
     clone.wait_counting()
     assert clone.counts[0] > 1
     assert hardware(clone) == recorded(clone) == (2, 2, LARGE, {"d"})
+    clone.write("memory", "320M")
+    assert hardware(clone) == recorded(clone) == (2, 2, LARGE + 128 * MIB, {"d"})
     copy = Path(agent.root_dir) / "vms" / clone.read("id") / "data-d.raw"
     assert copy.read_bytes()[:4] == b"kept"
     # What was changed later is no more.
@@ -190,12 +192,13 @@ def test_what_was_changed_goes_on_in_clones_and_restores(agent, make_vm, vm, nam
     vm.write("restore", name)
     vm.wait_counting()
     assert hardware(vm) == recorded(vm) == (2, 2, LARGE, {"d"})
-    for each in (vm, clone):
+    for each, memory in ((vm, LARGE), (clone, LARGE + 128 * MIB)):
         each.verb("stop")
         assert each.state == "stopped"
         each.verb("start")
         each.wait_counting()
-        assert hardware(each) == recorded(each) == (2, 2, LARGE, {"d"})
+        assert hardware(each) == recorded(each) == (2, 2, memory, {"d"})
+        assert each.read("max_memory") == str(512 * MIB)
 
 
 @only_cloud_hypervisor

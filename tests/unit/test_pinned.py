@@ -36,6 +36,9 @@ def test_a_snapshot_fixes_what_its_vm_had():
     config = pin(VmConfig(max_cpu=4, max_memory=GIB, restart="always"), SNAPSHOT)
     assert (config.cpu, config.most_cpu) == (2, 2)
     assert (config.memory, config.most_memory) == (512 * MIB, 512 * MIB)
+    roomy = dataclasses.replace(SNAPSHOT, max_cpu=8, max_memory=2 * GIB)
+    config = pin(VmConfig(max_cpu=4, restart="always"), roomy)
+    assert (config.cpu, config.most_cpu, config.most_memory) == (2, 8, 2 * GIB)
     assert config.storage == GIB
     assert config.disks == (Disk(name="logs", size=4 * MIB, readonly=True),)
     assert config.hypervisor == "firecracker"
