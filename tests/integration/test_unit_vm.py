@@ -303,15 +303,16 @@ def test_a_vm_starts_while_a_fuse_mount_is_dead(units):
 
 def test_an_administrator_can_add_to_all_vm_units(units):
     directory = Path(f"/etc/systemd/system/{UNIT_PREFIX}.service.d")
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    own = directory / "50-local.conf"
     try:
-        (directory / "50-local.conf").write_text("[Service]\nTasksMax=50\n")
+        own.write_text("[Service]\nTasksMax=50\n")
         systemctl("daemon-reload")
         unit = units.firecracker_vm()
         unit.start()
         assert unit.show("TasksMax") == "50"
     finally:
-        shutil.rmtree(directory)
+        own.unlink()
         systemctl("daemon-reload")
 
 

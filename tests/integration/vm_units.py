@@ -54,7 +54,7 @@ def with_manager(call: Callable[[Manager], Any]) -> Any:
 class Console:
     """A unit's console, as its agent holds it: both ends of FIFOs, or the client of a socket."""
 
-    def __init__(self, paths: Paths, serial_socket: bool) -> None:
+    def __init__(self, paths: Paths, serial_socket: bool = False) -> None:
         self.seen = b""
         self.socket = f"{paths.sockets}/console" if serial_socket else ""
         if serial_socket:
