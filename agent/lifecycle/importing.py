@@ -28,7 +28,8 @@ from .steps import step
 T = TypeVar("T")
 R = TypeVar("R", Snapshot, Image)
 
-_GATHER = MIB
+_GATHER = 4 * MIB  # what a thread is called for, and no more pieces than these
+_MOST_PIECES = 1024
 _EVENTS_APART = 1.0  # seconds
 
 
@@ -136,7 +137,8 @@ class Import(Generic[R]):
         self._handles = 0
         self._staging = -1
         self._sink: Sink | None = None
-        self._pending = bytearray()
+        self._pending: list[bytes] = []
+        self._gathered = 0
         self._turn = trio.Lock()
         self._fed = trio.Event()
         self._fed.set()
@@ -182,17 +184,17 @@ class Import(Generic[R]):
         async with self._turn:
             await self._skip_to(offset)
             self._check_open()
-            self._pending += data
+            self._pending.append(data)
+            self._gathered += len(data)
             self.size += len(data)
             if self.size == len(data):
                 # The first bytes at once: they tell what it is.
                 await self._feed()
-            elif len(self._pending) >= _GATHER:
+            elif self._gathered >= _GATHER or len(self._pending) >= _MOST_PIECES:
                 await self._fed.wait()
                 self._check_open()
                 self._fed = trio.Event()
-                pending, self._pending = self._pending, bytearray()
-                self._services.background.start_soon(self._feed_meanwhile, pending)
+                self._services.background.start_soon(self._feed_meanwhile, self._take())
 
     async def set_size(self, size: int) -> None:
         """Take zeros up to `size` bytes; raise Invalid when more has arrived."""
@@ -287,21 +289,24 @@ class Import(Generic[R]):
         await self._fed.wait()
         self._check_open()
         if self._pending:
-            data, self._pending = self._pending, bytearray()
-            await self._unpack(data)
+            await self._unpack(self._take())
 
-    async def _feed_meanwhile(self, data: bytearray) -> None:
-        """Unpack `data` while the next bytes arrive; a refusal is for whoever brings those."""
+    def _take(self) -> list[bytes]:
+        pieces, self._pending, self._gathered = self._pending, [], 0
+        return pieces
+
+    async def _feed_meanwhile(self, pieces: list[bytes]) -> None:
+        """Unpack `pieces` while the next bytes arrive; a refusal is for whoever brings those."""
         try:
             with contextlib.suppress(CocoonError):
-                await self._unpack(data)
+                await self._unpack(pieces)
         finally:
             self._fed.set()
 
-    async def _unpack(self, data: bytearray) -> None:
+    async def _unpack(self, pieces: list[bytes]) -> None:
         sink = self._sink
         assert sink is not None
-        await self._in_thread("importing", sink.feed, data)
+        await self._in_thread("importing", _feed_all, sink, pieces)
         self._tell(sink)
 
     async def _in_thread(self, doing: str, act: Callable[..., T], *args: Any) -> T:
@@ -346,3 +351,8 @@ class Import(Generic[R]):
     def _provisional(self, reason: str) -> R:
         name = self.name or self.file_name
         return self._kind.provisional(self.id, name, self.access, reason)
+
+
+def _feed_all(sink: Sink, pieces: list[bytes]) -> None:
+    for piece in pieces:
+        sink.feed(piece)

@@ -15,6 +15,7 @@ from agent.lifecycle.archives import Archives
 from agent.lifecycle.importing import Imports
 from agent.model.access import Caller
 from agent.model.errors import NoSpace
+from agent.model.size import MIB
 from agent.storage.importer import ImportSink
 from agent.storage.snapshots import SnapshotStore
 from agent.storage.tree import Tree
@@ -89,6 +90,31 @@ async def test_removing_one_waits_for_the_thread_that_works_on_it(services, monk
     assert os.listdir(services.tree.snapshots) == ([snapshot.id] if snapshot else [])
     assert bool(snapshot) == (method == "finish")
     assert not services.reserved
+
+
+@pytest.mark.parametrize("size", [MIB, 1], ids=["large pieces", "small pieces"])
+async def test_who_brings_more_than_the_disk_takes_waits(services, monkeypatch, size):
+    arriving = await Imports(services, Archives(services), 0).begin(CALLER, "x.tar")
+    arriving.opened()
+    await arriving.write(0, ARCHIVE)
+    pieces = 0
+
+    async def bring():
+        nonlocal pieces
+        while pieces < 3000:
+            await arriving.write(arriving.size, bytes(size))  # as tar pads its records
+            pieces += 1
+
+    async with trio.open_nursery() as nursery, held_up(monkeypatch, "feed") as (begun, may_end):
+        nursery.start_soon(bring)
+        await begun.wait()
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert 0 < pieces * size < 10 * MIB
+        assert pieces < 3000
+        nursery.cancel_scope.cancel()
+        may_end.set()
+    await arriving.finish()
+    assert services.index.snapshots.named("x")
 
 
 async def test_a_renamed_one_that_cannot_be_recorded_leaves_nothing(services, monkeypatch):
