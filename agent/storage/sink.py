@@ -93,19 +93,12 @@ class Sink:
 
     def _write(self, file: int, offset: int, data: memoryview) -> None:
         """Write `data` but for its pages of zeros, which stay holes."""
-        length = len(data)
-        position, run = 0, -1
-        while position < length:
-            end = min(position + _PAGE - (offset + position) % _PAGE, length)
-            if data[position] or bytes(data[position:end]) != _ZERO_PAGE[: end - position]:
-                if run < 0:
-                    run = position
-            elif run >= 0:
-                self._write_all(file, offset + run, data[run:position])
-                run = -1
+        position = 0
+        for start, end in _zero_pages(offset, data):
+            if start > position:
+                self._write_all(file, offset + position, data[position:start])
             position = end
-        if run >= 0:
-            self._write_all(file, offset + run, data[run:])
+        self._write_all(file, offset + position, data[position:])
 
     def _write_all(self, file: int, offset: int, data: memoryview) -> None:
         self._room -= len(data)
@@ -127,3 +120,18 @@ class Sink:
     def _free(self) -> int:
         status = os.fstatvfs(self._staging)
         return status.f_bavail * status.f_frsize
+
+
+def _zero_pages(offset: int, data: memoryview) -> Iterator[tuple[int, int]]:
+    """Yield where `data`, from `offset` of a file on, has a page of zeros, or zeros as its part."""
+    first = _PAGE - offset % _PAGE
+    # The first byte tells of most pages that they are none, and all of those are looked at at once.
+    firsts = data[:1].tobytes() + data[first::_PAGE].tobytes()
+    number = firsts.find(0)
+    while number >= 0:
+        end = first + number * _PAGE
+        start = max(0, end - _PAGE)
+        page = data[start:end].tobytes()
+        if page == _ZERO_PAGE[: len(page)]:
+            yield start, start + len(page)
+        number = firsts.find(0, number + 1)
