@@ -56,7 +56,7 @@ class ViewHandle(Handle):
     def __init__(self, view: "ArchiveView") -> None:
         self._view = view
 
-    async def read(self, offset: int, size: int) -> bytes | bytearray:
+    async def read(self, offset: int, size: int) -> memoryview:
         """Return what is there."""
         return await self._view.pread(offset, size)
 

@@ -26,7 +26,7 @@ _RESULTS: Final[dict[str, type | tuple[type, ...]]] = {
     "open": FileInfo,
     "create": tuple,
     "opendir": int,
-    "read": (bytes, bytearray),
+    "read": (bytes, memoryview),
     "write": int,
     "statfs": StatvfsData,
 }

@@ -175,7 +175,7 @@ class Handle:
 
     streaming = False
 
-    async def read(self, offset: int, size: int) -> bytes | bytearray:
+    async def read(self, offset: int, size: int) -> bytes | memoryview:
         """Return up to `size` bytes; b"" at the end."""
         raise Refused(errno.EBADF)
 

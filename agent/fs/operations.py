@@ -181,7 +181,7 @@ class TreeOperations(Guarded):
     # pyfuse3 takes any buffer, and each copy of a mebibyte counts.
     async def read(  # type: ignore[override]
         self, fh: int, off: int, size: int
-    ) -> bytes | bytearray:
+    ) -> bytes | memoryview:
         """Return content, never more than asked for, which would end the mount."""
         data = await self._handle(fh).read(off, size)
         return data if len(data) <= size else data[:size]

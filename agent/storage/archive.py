@@ -8,6 +8,7 @@ size, differ between views: each keeps those it was opened with.
 
 import contextlib
 import errno
+import mmap
 import os
 from array import array
 from bisect import bisect_right
@@ -163,6 +164,11 @@ def _close_files(files: Iterable[int]) -> None:
         os.close(fd)
 
 
+def _pages(size: int) -> memoryview:
+    """Return memory that begins with a page: the kernel copies it page by page."""
+    return memoryview(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+
 class ArchiveView:
     """One reader's archive: `size` bytes that never change, readable at any offset.
 
@@ -183,49 +189,66 @@ class ArchiveView:
         self._limiter = limiter
         self._at_once = os.RWF_NOWAIT
         self._end = -1  # of the last read
-        self._ahead = (-1, bytearray())
+        self._spare: memoryview | None = None
+        self._ahead = (-1, 0)  # what `_spare` holds: offset and size
 
-    async def pread(self, offset: int, size: int) -> bytearray:
+    async def pread(self, offset: int, size: int) -> memoryview:
         """Return `size` bytes from `offset` on, fewer only at the end.
 
-        What is in the page cache is returned without a checkpoint; the rest is waited for in a
-        thread. Raises Failed when a file cannot be read.
+        They are good until the caller's next checkpoint: by then they have been sent, and their
+        memory takes what comes next. What is in the page cache is returned without a checkpoint;
+        the rest is waited for in a thread. Raises Failed when a file cannot be read.
         """
         wanted = max(0, min(size, self.size - offset))
-        (ahead, buffer), self._ahead = self._ahead, (-1, bytearray())
-        if ahead != offset or len(buffer) != wanted:
-            buffer = bytearray(wanted)
-            done = self._fill(buffer, offset, 0, self._at_once) if self._at_once else 0
-            if done < wanted:
-                await trio.to_thread.run_sync(
-                    self._fill, buffer, offset, done, 0, limiter=self._limiter
-                )
+        if wanted < _READ_AHEAD:
+            buffer = memoryview(bytearray(wanted))
+            await self._read(buffer, offset)
+            self._end = offset + wanted
+            return buffer
+        spare, self._spare = self._spare, None
+        if spare is None or len(spare) < wanted:
+            spare = _pages(wanted)
+        buffer = spare[:wanted]
+        ahead, self._ahead = self._ahead, (-1, 0)
+        if ahead != (offset, wanted):
+            await self._read(buffer, offset)
         is_next, self._end = offset == self._end, offset + wanted
-        if is_next and wanted >= _READ_AHEAD and self._at_once:
-            token = trio.lowlevel.current_trio_token()
-            token.run_sync_soon(self._read_ahead, self._end, size)
+        token = trio.lowlevel.current_trio_token()
+        token.run_sync_soon(self._sent, spare, self._end if is_next else -1)
         return buffer
 
-    def _read_ahead(self, offset: int, size: int) -> None:
-        """Read what comes next while the reader is busy with what it got, if it is in memory."""
-        buffer = bytearray(max(0, min(size, self.size - offset)))
-        if buffer and self._files and self._end == offset:
+    async def _read(self, buffer: memoryview, offset: int) -> None:
+        done = self._fill(buffer, offset, 0, self._at_once) if self._at_once else 0
+        if done < len(buffer):
+            await trio.to_thread.run_sync(
+                self._fill, buffer, offset, done, 0, limiter=self._limiter
+            )
+
+    def _sent(self, spare: memoryview, offset: int) -> None:
+        """Take memory back, and read what comes next into it while the reader is busy.
+
+        That is done for who reads on, and if it is in the page cache.
+        """
+        if not self._files:
+            return
+        self._spare, self._ahead = spare, (-1, 0)
+        size = min(len(spare), self.size - offset)
+        if self._end == offset and size > 0 and self._at_once:
             with contextlib.suppress(CocoonError):  # the read itself will say so
-                if self._fill(buffer, offset, 0, self._at_once) == len(buffer):
-                    self._ahead = offset, buffer
+                if self._fill(spare[:size], offset, 0, self._at_once) == size:
+                    self._ahead = offset, size
 
     def close(self) -> None:
         """Close the files; harmless when that was done before."""
         files, self._files = self._files, ()
-        self._ahead = (-1, bytearray())
+        self._spare = None
         _close_files(files)
 
-    def _fill(self, buffer: bytearray, offset: int, done: int, flags: int) -> int:
+    def _fill(self, buffer: memoryview, offset: int, done: int, flags: int) -> int:
         """Fill `buffer` from `done` on; return how far it is filled, with `flags` maybe not all."""
         layout, files = self._layout, self._files
         starts, sources, origins = layout.starts, layout.sources, layout.origins
         wanted = len(buffer)
-        target = memoryview(buffer)
         piece = bisect_right(starts, offset + done) - 1
         skipped = offset + done - starts[piece]
         # A scattered memory file has 256 pieces in a read of 1 MiB: every step here counts.
@@ -235,7 +258,7 @@ class ArchiveView:
             end = min(starts[piece + 1] - offset, wanted)
             if source >= 0:
                 try:
-                    got = os.preadv(files[source], [target[done:end]], origin, flags)
+                    got = os.preadv(files[source], [buffer[done:end]], origin, flags)
                 except OSError as error:
                     got = self._failed(error, source, flags)
                 done += got
@@ -250,7 +273,7 @@ class ArchiveView:
                     continue
             else:
                 data = layout.literals if source == _LITERAL else self._metadata
-                target[done:end] = data[origin : origin + end - done]
+                buffer[done:end] = data[origin : origin + end - done]
                 done = end
             piece += 1
             skipped = 0

@@ -95,6 +95,14 @@ async def read(view, piece=MIB):
     return bytes(content)
 
 
+def drop_from_cache(directory):
+    for path in directory.iterdir():
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
 def take_apart(pieces):
     """The members of an archive that comes in `pieces`, as TarReader sees them: start and data."""
     members = []
@@ -204,11 +212,7 @@ async def test_reading_at_and_behind_the_end_gives_nothing(view, source):
 async def test_what_is_not_in_the_page_cache_is_read_all_the_same(view, source):
     archive = await view(source)
     content = await read(archive)
-    for path in source.iterdir():
-        fd = os.open(path, os.O_RDONLY)
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
+    drop_from_cache(source)
     assert await read(archive, 128 * 1024) == content
 
 
@@ -236,6 +240,27 @@ async def test_readers_side_by_side_do_not_disturb_each_other(view, source):
         for piece in (4096, 70_000, MIB):
             nursery.start_soon(one, piece)
     assert results == [content] * 3
+
+
+async def test_readers_side_by_side_do_not_share_memory(view, tmp_path):
+    directory = tmp_path / "dense"
+    directory.mkdir()
+    (directory / "cow.raw").write_bytes(noise(3 * MIB))
+    archive = await view(directory)
+    content = await read(archive, 4 * MIB)
+
+    async def one(piece):
+        got = bytearray()
+        while data := await archive.pread(len(got), piece):
+            got += data
+            await trio.lowlevel.checkpoint()
+        assert got == content
+
+    for _ in range(5):
+        drop_from_cache(directory)  # so that several wait at a time
+        async with trio.open_nursery() as nursery:
+            for piece in (MIB // 4, MIB // 2, MIB // 2, MIB):
+                nursery.start_soon(one, piece)
 
 
 async def test_renaming_and_describing_change_the_metadata_alone(view, source):
