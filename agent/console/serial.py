@@ -54,6 +54,7 @@ class SerialSocket:
         self._inherited = inherited
         self._connection: socket.socket | None = None
         self._connected = trio.Event()
+        self._is_expected = trio.Event()
         self._left = bytearray()
         self._is_suspect = False
         self._is_closed = False
@@ -113,6 +114,7 @@ class SerialSocket:
         Waits until there is one. Raises as `Fifos.keep` does.
         """
         self._notify_socket = notify_socket
+        self._is_expected.set()  # its guest runs, so the socket is there: the next look is due
         with trio.move_on_after(KEEP_TIMEOUT):
             await self._connected.wait()
             if self._connection is not None:
@@ -145,9 +147,11 @@ class SerialSocket:
                 self._connection = connection
                 self._connected.set()
                 await self._keep_following(connection)
-            else:
-                await trio.sleep(look)
-                look = min(2 * look, _LONGEST_LOOK)
+                continue
+            with trio.move_on_after(look) as pause:
+                await self._is_expected.wait()
+                self._is_expected = trio.Event()
+            look = min(2 * look, _LONGEST_LOOK) if pause.cancelled_caught else _SHORTEST_LOOK
         return self._connection
 
     def _connect(self) -> socket.socket | None:
