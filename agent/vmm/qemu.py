@@ -47,6 +47,8 @@ _OWN_MEMORY = 128 * MIB  # with 40 MiB on top of the guest's it was killed
 _TRANSLATED = 32  # MiB of translated code, the default would be a gigabyte
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 _DATA = ("/usr/share/qemu", "/usr/share/seabios")
+_NOT_YET = "Migration is not finalized yet"
+_MOMENT = 0.001  # seconds
 _FIRST_DISK = 8  # slot on the bus; below are the other devices
 _SEED = 30  # its slot: the last, so that the guest finds the disk last
 _STREAM = "cocoon-state"
@@ -198,7 +200,16 @@ class QemuVmm:
 
     async def resume(self, timeout: float = 10) -> None:
         """Let the vCPUs go on; see Vmm."""
-        await self._qmp.execute("cont", timeout=timeout)
+        deadline = trio.current_time() + timeout
+        while True:
+            try:
+                await self._qmp.execute("cont", timeout=timeout)
+                return
+            except Failed as error:
+                # QEMU says that a state is saved some time before it has done with that.
+                if _NOT_YET not in str(error) or trio.current_time() > deadline:
+                    raise
+            await trio.sleep(_MOMENT)
 
     async def power_off(self, timeout: float = 10) -> None:
         """Press the power button, which a guest with ACPI hears; see Vmm."""

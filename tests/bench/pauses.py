@@ -95,7 +95,7 @@ def _by_hand(vm_id: str) -> float:
                 source = os.open(f"{directory}/{copied}", os.O_RDONLY)
                 copy_file(source, target, copied, mode=SHARED, sync=False)
                 os.close(source)
-        _say(api, Step(qmp("cont"), b'"return"'))
+        _say(api, Step(qmp("cont"), b'"RESUME"'))
         took = time.perf_counter() - began
     os.close(state)
     os.close(target)

@@ -27,10 +27,17 @@ class Qmp:
         self.saved = b"stream"
         self.loaded = b""
         self.descriptor = -1
+        self.busy = 0
+        self.broken = False
 
     async def execute(self, command, arguments=None, *, descriptor=None, timeout):
         self.told.append(command)
         match command:
+            case "cont" if self.busy:
+                self.busy -= 1
+                raise Failed("QEMU: Migration is not finalized yet")
+            case "cont" if self.broken:
+                raise Failed("QEMU: there is no guest")
             case "query-status":
                 return {"status": self.status}
             case "query-kvm":
@@ -100,6 +107,15 @@ async def test_a_guest_that_was_saved_already_is_stopped_anew(vmm, qmp, tmp_path
     qmp.told.clear()
     await vmm.snapshot(STATE, MEMORY)
     assert qmp.told[:3] == ["query-status", "cont", "stop"]
+
+
+async def test_a_guest_goes_on_once_qemu_has_done_with_its_state(vmm, qmp):
+    qmp.busy = 3
+    await vmm.resume()
+    assert qmp.told == ["cont"] * 4
+    qmp.broken = True
+    with pytest.raises(Failed, match="no guest"):
+        await vmm.resume()
 
 
 async def test_a_state_that_could_not_be_saved_is_a_failure_in_qemus_words(vmm, qmp):
