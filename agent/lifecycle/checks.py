@@ -9,6 +9,7 @@ from agent.model.size import GIB, MIB, show_size
 from agent.model.vm import FIRMWARE_FORMATS
 from agent.storage.facts import StorageFacts
 from agent.systemd.facts import Cgroups, SystemdAnswers, SystemdFiles
+from agent.vmm import userfault
 from agent.vmm.driver import Version
 
 OLDEST_SYSTEMD = 252
@@ -170,13 +171,13 @@ def check_userfaultfd(*, device: bool, unprivileged: bool) -> Finding:
     """Judge whether a VMM can load memory as the guest touches it."""
     name = "userfaultfd"
     if device or unprivileged:
-        what = "/dev/userfaultfd" if device else "vm.unprivileged_userfaultfd"
+        what = userfault.DEVICE if device else "vm.unprivileged_userfaultfd"
         return Finding(Level.OK, name, f"memory can be loaded on demand, by {what}")
     return Finding(
         Level.WARN,
         name,
         "memory cannot be loaded on demand, so restores of Cloud Hypervisor copy it",
-        "Linux 6.1 or later has /dev/userfaultfd; else sysctl vm.unprivileged_userfaultfd=1",
+        userfault.REMEDY,
     )
 
 

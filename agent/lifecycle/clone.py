@@ -8,6 +8,7 @@ from agent.model.pinned import boot_files, pin
 from agent.model.vm import Vm
 
 from . import images, library
+from .configure import empty_trash
 from .services import RESTING, Services
 from .start import Loading, launch, prepare, start
 from .steps import step
@@ -79,6 +80,7 @@ async def _clone(services: Services, vm: Vm) -> None:
     except BaseException:
         with trio.CancelScope(shield=True):
             await services.tree.remove_vm(vm)
+        services.background.start_soon(empty_trash, services)
         raise
     await launch(services, vm, plan, loading)
     step("clone:running")

@@ -23,6 +23,7 @@ from agent.storage.reflink import shares_blocks
 from agent.storage.tree import Tree
 from agent.systemd.bus import Bus
 from agent.systemd.facts import SystemdAnswers, SystemdFiles, systemd_answers, systemd_files
+from agent.vmm import userfault
 from agent.vmm.driver import Driver, Version
 from agent.vmm.kvm import kvm_obstacle
 
@@ -141,8 +142,8 @@ class Doctor:
             fuse_device=_is_device("/dev/fuse"),
             fuse_known=b"\tfuse\n" in _read("/proc/filesystems"),
             fusermount=shutil.which("fusermount3") or "",
-            userfaultfd=_is_device("/dev/userfaultfd"),
-            unprivileged_userfaultfd=_read("/proc/sys/vm/unprivileged_userfaultfd") == b"1\n",
+            userfaultfd=userfault.device_opens(),
+            unprivileged_userfaultfd=userfault.is_unprivileged(),
             group=_exists(grp.getgrnam, self._group),
             synchronised=_clock_is_synchronised(),
         )

@@ -116,7 +116,8 @@ async def settle(services: Services, vm_id: str) -> None:
             if unit.main_pid and not asked:
                 services.note(vm_id, state=State.STOPPING, reason="systemd-stop")
         case _:
-            if vm.state not in RESTING:
+            # A removal that failed stays recorded, for the next try or the agent's next start.
+            if vm.state not in RESTING and vm.state is not State.DELETING:
                 await record_end(services, vm)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import re
+import secrets
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -280,9 +281,11 @@ class Tree:
     def _remove_vm(self, vm: Vm) -> None:
         self._release(vm)
         directory.remove(self.run_directory(vm.id))
+        # A clone that was undone has been here before, and what was removed of it may still be.
+        trash = f"{self.vms}/{_TRASH}{vm.id}-{secrets.token_hex(8)}"
         for suffix in ("", *BESIDE):
             with contextlib.suppress(FileNotFoundError):
-                os.rename(self.directory(vm.id) + suffix, f"{self.vms}/{_TRASH}{vm.id}{suffix}")
+                os.rename(self.directory(vm.id) + suffix, trash + suffix)
 
     def _empty_trash(self) -> None:
         for name in os.listdir(self.vms):

@@ -176,6 +176,25 @@ def test_a_clone_whose_snapshot_went_away_before_is_enoent(agent, taken, make_vm
     assert not (agent.root_dir / "vms" / vm.read("id")).exists()
 
 
+def test_a_clone_that_could_not_start_leaves_nothing_in_the_way(
+    agent, taken, make_vm, until, guests, tmp_path
+):
+    name, _, _ = taken
+    vm = make_vm(hypervisor=None, memory=None, boot=None)
+    vm.write("from", name)
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(guests.guest.read_bytes())
+    vm.write("boot", json.dumps({"kernel": str(kernel)}))
+    kernel.unlink()
+    for _ in range(2):
+        with refused(errno.ENOENT):
+            vm.verb("start")
+    until(lambda: not [*(agent.root_dir / "vms").glob(f".removed-{vm.read('id')}*")])
+    vm.write("boot", "null")
+    vm.verb("start")
+    vm.wait_counting()
+
+
 @pytest.mark.backends(core=True)
 def test_a_clone_that_was_taken_over_changes_no_snapshot_and_no_sibling(
     agent, taken, make_vm, clone, backend, until

@@ -83,7 +83,7 @@ JUDGED = [
     (checks.check_machined(SystemdAnswers(trouble="gone")), WARN, "D-Bus"),
     (checks.check_userfaultfd(device=True, unprivileged=False), OK, "/dev/userfaultfd"),
     (checks.check_userfaultfd(device=False, unprivileged=True), OK, "unprivileged"),
-    (checks.check_userfaultfd(device=False, unprivileged=False), WARN, "sysctl vm.unprivileged"),
+    (checks.check_userfaultfd(device=False, unprivileged=False), WARN, "the group kvm, mode 0660"),
     (checks.check_directories(StorageFacts(True, GIB, GIB), "/r"), OK, "/r"),
     (checks.check_directories(StorageFacts(False, GIB, GIB), "/r"), OK, "when the agent starts"),
     (checks.check_directories(StorageFacts(True, 1, 1, "run: chown x"), "/r"), FAIL, "chown x"),

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import trio
 
-from agent.lifecycle.watch import watch
+from agent.lifecycle.watch import settle, watch
 from agent.model.access import Access
 from agent.model.config import VmConfig
 from agent.model.errors import TimedOut
@@ -69,3 +69,12 @@ async def test_of_many_vms_only_those_that_run_or_should_are_asked_for():
 
 async def test_all_are_asked_for_when_systemd_does_not_list_its_units():
     assert await settled(Units(TimedOut("busy"))) == list(STATES)
+
+
+async def test_a_removal_that_failed_stays_recorded():
+    async def state(vm):
+        return None
+
+    vm = Vm("half", "half", 70000, Access(0, 0), VmConfig(), state=State.DELETING)
+    # Nothing else of the services is there: to record an end would raise.
+    await settle(SimpleNamespace(vm=lambda vm_id: vm, units=SimpleNamespace(state=state)), vm.id)

@@ -222,6 +222,16 @@ async def test_removing_a_vm_leaves_nothing_of_it(tree, tmp_path):
         os.getxattr(disk, "system.posix_acl_access")
 
 
+async def test_a_vm_is_removed_beside_what_was_removed_of_it_before(tree):
+    vm = make_vm(storage=MIB)
+    for _ in range(2):
+        await tree.prepare_vm(vm, {"vm.json": b"{}"}, b"")
+        await tree.remove_vm(vm)
+        assert not os.path.exists(tree.directory(vm.id))
+    await tree.empty_trash()
+    assert os.listdir(tree.vms) == []
+
+
 @pytest.fixture
 async def listening(tree):
     """A VM whose VMM has made its socket."""
