@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import tarfile
 import time
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-DROP_IN = Path("/run/systemd/system/cocoon-host.service.d/50-crash.conf")
+DROP_IN = Path("/run/systemd/system/cocoon-host.service.d/50-test.conf")
 MARKER = Path("/run/crashed")
 PATIENCE = 20.0
 AWAY = (errno.ECONNABORTED, errno.ENOTCONN, errno.ENOENT)
@@ -120,13 +121,11 @@ def last_count(console: bytes) -> int:
 
 
 @contextlib.contextmanager
-def dying_at(agent: Any, step: str, by: str = "SIGKILL") -> Iterator[None]:
-    """Restart the agent so that it will send itself the signal `by` at `step`, once."""
-    with contextlib.suppress(FileNotFoundError):
-        MARKER.unlink()
+def environment(agent: Any, **variables: str) -> Iterator[None]:
+    """Restart the agent with these variables; from its next restart on it has them no more."""
     DROP_IN.parent.mkdir(parents=True, exist_ok=True)
-    variables = f"COCOON_CRASH_AT={step}@{MARKER} COCOON_CRASH_BY={by}"
-    DROP_IN.write_text(f"[Service]\nEnvironment={variables}\n")
+    words = " ".join(f"{name}={value}" for name, value in variables.items())
+    DROP_IN.write_text(f"[Service]\nEnvironment={words}\n")
     subprocess.run(["systemctl", "daemon-reload"], check=True, timeout=60)
     agent.restart()
     try:
@@ -134,6 +133,16 @@ def dying_at(agent: Any, step: str, by: str = "SIGKILL") -> Iterator[None]:
     finally:
         DROP_IN.unlink()
         subprocess.run(["systemctl", "daemon-reload"], check=True, timeout=60)
+
+
+@contextlib.contextmanager
+def dying_at(agent: Any, step: str, by: str = "SIGKILL") -> Iterator[None]:
+    """Restart the agent so that it will send itself the signal `by` at `step`, once."""
+    with contextlib.suppress(FileNotFoundError):
+        MARKER.unlink()
+    crash = {"COCOON_CRASH_AT": f"{step}@{MARKER}", "COCOON_CRASH_BY": by}
+    with environment(agent, **crash):
+        yield
 
 
 @contextlib.contextmanager
@@ -151,3 +160,18 @@ def died(agent: Any, until: Callable[..., Any]) -> None:
     """Wait until the agent has died at its step, and is back."""
     until(MARKER.exists, what="the agent died at the step")
     until(lambda: agent.is_active() and os.path.ismount(agent.mount), what="the agent is back")
+
+
+def restarted_by_systemd(agent: Any, vm: Any, until: Callable[..., Any]) -> None:
+    """Kill the VMM while there is no agent, and have one again once systemd has restarted it."""
+    pid = vm.pid
+    agent.stop()
+    os.kill(pid, signal.SIGKILL)
+    show = ["systemctl", "show", "--property=MainPID", "--value", vm.unit]
+    until(
+        lambda: (
+            subprocess.run(show, capture_output=True, text=True, check=True).stdout.strip()
+            not in ("0", str(pid))
+        )
+    )
+    agent.start()

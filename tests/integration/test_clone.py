@@ -1,21 +1,30 @@
 """Clones: VMs whose first start goes on from a snapshot, with real VMMs."""
 
 import concurrent.futures
-import contextlib
 import errno
 import hashlib
 import json
 import os
-import signal
 import struct
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from jail_report import Report, identities_below
-from snapshot_tools import archive, described, extract, last_count, names, pack, refused, write_once
+from snapshot_tools import (
+    archive,
+    described,
+    environment,
+    extract,
+    last_count,
+    names,
+    pack,
+    refused,
+    restarted_by_systemd,
+    write_once,
+)
 
 from agent.model import canonical
 from agent.model.snapshot import STATE_FILES
@@ -205,7 +214,11 @@ def test_a_clone_that_was_taken_over_changes_no_snapshot_and_no_sibling(
     kept = agent.root_dir / "snapshots" / described(agent, name)["id"]
     of_sibling = agent.root_dir / "vms" / sibling.read("id")
     before = contents(kept)
-    with another_program(agent, Path(os.environ["COCOON_TEST_GUESTS"], "inside")):
+    program = str(Path(os.environ["COCOON_TEST_GUESTS"], "inside"))
+    programs = dict.fromkeys(
+        ("COCOON_FIRECRACKER", "COCOON_QEMU", "COCOON_CLOUD_HYPERVISOR"), program
+    )
+    with environment(agent, **programs):
         vm = make_vm(hypervisor=None, memory=None, boot=None)
         vm.write("from", name)
         with concurrent.futures.ThreadPoolExecutor() as threads:
@@ -217,6 +230,7 @@ def test_a_clone_that_was_taken_over_changes_no_snapshot_and_no_sibling(
             vm.verb("kill")
             with pytest.raises(OSError, match=r"Errno"):
                 start.result()
+    agent.restart()
     seen = {seen.path: seen for seen in report.seen}
     assert seen[f"{canonical.VM}/{canonical.COW}"].access == "rw-"
     # QEMU would need to write to the memory that it loads: each clone of its has a copy.
@@ -242,23 +256,6 @@ def contents(directory: Path) -> dict[str, tuple[str, int, int]]:
     return found
 
 
-@contextlib.contextmanager
-def another_program(agent: Any, program: Path) -> Iterator[None]:
-    """Let the agent take `program` for each of its VMMs."""
-    drop_in = Path("/run/systemd/system/cocoon-host.service.d/50-program.conf")
-    drop_in.parent.mkdir(parents=True, exist_ok=True)
-    variables = (f"COCOON_{name}={program}" for name in ("FIRECRACKER", "QEMU", "CLOUD_HYPERVISOR"))
-    drop_in.write_text(f"[Service]\nEnvironment={' '.join(variables)}\n")
-    subprocess.run(["systemctl", "daemon-reload"], check=True, timeout=60)
-    agent.restart()
-    try:
-        yield
-    finally:
-        drop_in.unlink()
-        subprocess.run(["systemctl", "daemon-reload"], check=True, timeout=60)
-        agent.restart()
-
-
 @pytest.mark.backends(core=True)
 def test_a_clone_boots_cold_from_its_own_disk_and_kernel(agent, taken, clone, backend):
     name, _, _ = taken
@@ -281,16 +278,7 @@ def test_systemd_restarts_a_clone_from_its_own_disk_without_the_agent(agent, tak
     vm.write("from", name)
     vm.verb("start")
     vm.wait_counting()
-    pid = int(vm.read("pid"))
-    agent.stop()
-    os.kill(pid, signal.SIGKILL)
-
-    def main_pid() -> int:
-        command = ["systemctl", "show", "-P", "MainPID", vm.unit]
-        return int(subprocess.run(command, capture_output=True, text=True).stdout)
-
-    until(lambda: main_pid() not in (0, pid))
-    agent.start()
+    restarted_by_systemd(agent, vm, until)
     assert vm.state == "running"
     lines = len(vm.counts)
     vm.wait_counting()

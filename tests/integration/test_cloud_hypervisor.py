@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from snapshot_tools import archive, described, extract, goes_on_from, last_count, pack, refused
+from snapshot_tools import (
+    archive,
+    described,
+    extract,
+    goes_on_from,
+    last_count,
+    pack,
+    refused,
+    restarted_by_systemd,
+)
 
 from agent.model import canonical
 
@@ -97,17 +106,7 @@ def test_one_that_dies_is_in_error_or_comes_back_by_systemd_alone(agent, vm, mak
     vm.verb("kill")
     vm.write("restart", "on-failure")
     vm.verb("start")
-    pid = vm.pid
-    agent.stop()
-    os.kill(pid, signal.SIGKILL)
-    show = ["systemctl", "show", "--property=MainPID", "--value", vm.unit]
-    until(
-        lambda: (
-            subprocess.run(show, capture_output=True, text=True, check=True).stdout.strip()
-            not in ("0", str(pid))
-        )
-    )
-    agent.start()
+    restarted_by_systemd(agent, vm, until)
     vm.wait_for_state("running")
     lines = vm.counts.count(1)
     vm.wait_counting()

@@ -3,12 +3,12 @@
 The tests' guest makes no use of what it is given, and lets go of nothing that it is asked for.
 """
 
+import contextlib
 import errno
 import http.client
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import threading
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from snapshot_tools import archive, away, died, dying_at, refused
+from snapshot_tools import archive, away, died, dying_at, refused, restarted_by_systemd
 
 MIB = 1 << 20
 SMALL, LARGE = 64 * MIB, 192 * MIB
@@ -77,7 +77,10 @@ def hardware(vm: Any) -> tuple[int, int, int, set[str]]:
     """
     info = described(vm)
     threads = [(task / "comm").read_text() for task in Path(f"/proc/{vm.pid}/task").iterdir()]
-    paths = [os.readlink(file) for file in Path(f"/proc/{vm.pid}/fd").iterdir()]
+    paths = []
+    for file in Path(f"/proc/{vm.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a connection that ended meanwhile
+            paths.append(os.readlink(file))
     names = [Path(path).name for path in paths]
     return (
         sum(name.startswith("vcpu") for name in threads),
@@ -151,17 +154,7 @@ def test_all_in_one_write_with_what_needs_no_vmm(agent, vm, until):
     vm.verb("stop")
     vm.verb("start")
     vm.write("disks", json.dumps([DISK, OTHER]))
-    pid = vm.pid
-    agent.stop()
-    os.kill(pid, signal.SIGKILL)
-    show = ["systemctl", "show", "--property=MainPID", "--value", vm.unit]
-    until(
-        lambda: (
-            subprocess.run(show, capture_output=True, text=True, check=True).stdout.strip()
-            not in ("0", str(pid))
-        )
-    )
-    agent.start()
+    restarted_by_systemd(agent, vm, until)
     vm.wait_for_state("running")
     vm.wait_counting()
     assert hardware(vm) == recorded(vm) == (2, 2, LARGE, {"d", "e"})
