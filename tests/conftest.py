@@ -46,8 +46,8 @@ def _unsampled(config: pytest.Config, items: list[pytest.Item]) -> set[pytest.It
     """Return all but a seeded tenth, and at least one, of the cases of functions marked `long`.
 
     With `--brief`, as for the second set of libraries, the same of those marked `thorough`. Cases
-    marked `long(group=...)` are sampled with all others of that group; a second `long`
-    makes it a tenth of a tenth.
+    of which a mark has a `group` are sampled with all others of that group; a second mark makes it
+    a tenth of a tenth.
     """
     sampled = ["long", "thorough"] if config.option.brief else ["long"]
     cases: dict[tuple[str, int], list[pytest.Item]] = {}
@@ -55,8 +55,7 @@ def _unsampled(config: pytest.Config, items: list[pytest.Item]) -> set[pytest.It
         if marks := [mark for mark in item.iter_markers() if mark.name in sampled]:
             groups = [mark.kwargs["group"] for mark in marks if "group" in mark.kwargs]
             group = groups[0] if groups else item.nodeid.partition("[")[0]
-            weight = max(1, sum(mark.name == "long" for mark in marks))
-            cases.setdefault((group, weight), []).append(item)
+            cases.setdefault((group, len(marks)), []).append(item)
     dropped: set[pytest.Item] = set()
     for (name, weight), members in cases.items():
         kept = random.Random(f"{config.option.seed} {name}").sample(

@@ -30,7 +30,7 @@ from agent.model import canonical
 from agent.model.snapshot import STATE_FILES
 from agent.model.vmstate import crc64
 
-pytestmark = pytest.mark.backends
+pytestmark = [pytest.mark.thorough(group="snapshots"), pytest.mark.backends]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from snapshot_tools import AWAY, archive, away, died, dying_at, extract, names, settled
 
-pytestmark = [pytest.mark.thorough, pytest.mark.backends]
+pytestmark = [pytest.mark.thorough(group="crashes"), pytest.mark.backends]
 
 
 @pytest.fixture
@@ -61,7 +61,13 @@ TAKE = [
 ]
 
 
-@pytest.mark.parametrize("paused", [False, True], ids=["running", "paused"])
+@pytest.mark.parametrize(
+    "paused",
+    [
+        pytest.param(False, id="running"),
+        pytest.param(True, id="paused", marks=pytest.mark.long(group="taking of a paused VM")),
+    ],
+)
 @pytest.mark.parametrize("step", TAKE)
 def test_taking(agent, make_vm, until, name, tmp_path, step, paused):
     with dying_at(agent, f"take:{step}"):

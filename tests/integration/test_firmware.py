@@ -66,6 +66,7 @@ def firmware(agent: Any, guests: Any, backend: str) -> Iterator[Path]:
 
 
 @pytest.mark.backends("qemu", "cloud-hypervisor", core=True)
+@pytest.mark.thorough(group="linux")
 def test_a_firmware_boots_and_travels(
     agent, image, firmware, make_vm, name, backend, tmp_path, until
 ):

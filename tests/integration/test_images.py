@@ -253,6 +253,7 @@ def name(vm_name: Callable[[], str], agent: Any) -> Iterator[str]:
             archive(agent, found).unlink()
 
 
+@pytest.mark.thorough(group="linux")
 def test_linux_lives_on_an_overlay_of_an_image(
     agent,
     images,

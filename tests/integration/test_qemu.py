@@ -124,6 +124,7 @@ def typed(terminal: int, line: bytes, answer: bytes) -> None:
         shown += os.read(terminal, 4096)
 
 
+@pytest.mark.thorough(group="linux")
 def test_linux_boots_answers_pauses_and_powers_off(agent, make_linux, until):
     data = [{"name": "data", "size": "8M", "serial": "blue-42", "readonly": True}]
     vm = make_linux(disks=data)
@@ -165,6 +166,7 @@ def test_linux_boots_answers_pauses_and_powers_off(agent, make_linux, until):
     vm.wait_for_state("stopped", BOOT_SECONDS)
 
 
+@pytest.mark.thorough(group="linux")
 def test_the_vmm_sees_only_its_jail(agent, make_linux, until):
     vm = make_linux(stop_timeout=1)
     vm.verb("start")
@@ -184,6 +186,7 @@ def test_the_vmm_sees_only_its_jail(agent, make_linux, until):
     assert vm.state == "stopped"
 
 
+@pytest.mark.thorough(group="linux")
 def test_a_vm_is_snapshotted_restored_cloned_and_hibernated(
     agent, make_linux, make_vm, name, until
 ):
@@ -259,6 +262,7 @@ def test_a_vm_is_snapshotted_restored_cloned_and_hibernated(
     settled(agent)
 
 
+@pytest.mark.thorough(group="linux")
 def test_the_first_boot_has_its_seed_and_a_clone_one_of_its_own(
     agent, make_linux, make_vm, name, until
 ):
@@ -327,6 +331,7 @@ def test_the_same_kernel_is_firecrackers_too_unpacked_once(agent, linux, make_vm
     assert hashlib.sha256(image).hexdigest() in next(iter(unpacked))[0].name
 
 
+@pytest.mark.thorough(group="linux")
 def test_an_image_boots_by_itself_where_no_kernel_is_named(
     agent, make_vm, name, vm_name, tmp_path, until
 ):

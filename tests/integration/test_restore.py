@@ -11,7 +11,7 @@ from snapshot_tools import archive, described, last_count, names, refused, settl
 
 from agent.model.snapshot import STATE_FILES
 
-pytestmark = pytest.mark.backends
+pytestmark = [pytest.mark.thorough(group="snapshots"), pytest.mark.backends]
 
 
 @pytest.fixture

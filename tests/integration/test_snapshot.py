@@ -27,7 +27,7 @@ from snapshot_tools import (
 
 from agent.model.snapshot import STATE_FILES
 
-pytestmark = pytest.mark.backends
+pytestmark = [pytest.mark.thorough(group="snapshots"), pytest.mark.backends]
 
 
 @pytest.fixture

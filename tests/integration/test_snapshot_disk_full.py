@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from snapshot_tools import archive, described, names, refused, settled
 
-pytestmark = pytest.mark.backends
+pytestmark = [pytest.mark.thorough(group="snapshots"), pytest.mark.backends]
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 512 * MIB
