@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 
 DROP_IN = Path("/run/systemd/system/cocoon-host.service.d/50-test.conf")
-MARKER = Path("/run/crashed")
+CRASH_AT = Path("/run/crash-at")
+"""Where the lab's agent looks for the step at which it is to die; see agent.lifecycle.steps."""
+MARKER = Path("/run/crash-at.done")
 PATIENCE = 20.0
 AWAY = (errno.ECONNABORTED, errno.ENOTCONN, errno.ENOENT)
 
@@ -137,12 +139,16 @@ def environment(agent: Any, **variables: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def dying_at(agent: Any, step: str, by: str = "SIGKILL") -> Iterator[None]:
-    """Restart the agent so that it will send itself the signal `by` at `step`, once."""
-    with contextlib.suppress(FileNotFoundError):
-        MARKER.unlink()
-    crash = {"COCOON_CRASH_AT": f"{step}@{MARKER}", "COCOON_CRASH_BY": by}
-    with environment(agent, **crash):
+    """Have the agent send itself the signal `by` when it comes to `step`, once."""
+    MARKER.unlink(missing_ok=True)
+    subprocess.run(["systemctl", "reset-failed", agent.unit], check=True, timeout=60)
+    written = CRASH_AT.with_suffix(".new")
+    written.write_text(f"{step} {by}\n")
+    written.rename(CRASH_AT)
+    try:
         yield
+    finally:
+        CRASH_AT.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

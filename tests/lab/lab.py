@@ -57,6 +57,7 @@ ExecStart={python} -m agent.cli.main run
 # Tests that end the agent wait for its return; how long it rests first is no matter to them.
 RestartSec=100ms
 Environment="PYTHONPATH={TREE}" "PATH={":".join(sorted(programs))}:{SYSTEM_PATH}"
+Environment=COCOON_CRASH_AT=/run/crash-at
 """
     return files
 
