@@ -6,7 +6,6 @@ snapshot share it, and two reads give the same bytes. Only the bytes of `snapsho
 size, differ between views: each keeps those it was opened with.
 """
 
-import contextlib
 import errno
 import mmap
 import os
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 
 import trio
 
-from agent.model.errors import CocoonError, Failed, from_os_error
+from agent.model.errors import Failed, from_os_error
 from agent.model.size import KIB
 from agent.model.snapshot import METADATA
 
@@ -25,7 +24,7 @@ from . import tar
 from .sparse import Extents, encode_map, scan
 
 _LITERAL, _METADATA = -1, -2
-_READ_AHEAD = 256 * KIB  # bytes: below, telling the loop costs more than it saves
+_SMALLEST = 128 * KIB  # bytes of memory to read into: what the kernel asks for unless told more
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -188,9 +187,7 @@ class ArchiveView:
         self._metadata = metadata
         self._limiter = limiter
         self._at_once = os.RWF_NOWAIT
-        self._end = -1  # of the last read
         self._spare: memoryview | None = None
-        self._ahead = (-1, 0)  # what `_spare` holds: offset and size
 
     async def pread(self, offset: int, size: int) -> memoryview:
         """Return `size` bytes from `offset` on, fewer only at the end.
@@ -200,43 +197,17 @@ class ArchiveView:
         the rest is waited for in a thread. Raises Failed when a file cannot be read.
         """
         wanted = max(0, min(size, self.size - offset))
-        if wanted < _READ_AHEAD:
-            buffer = memoryview(bytearray(wanted))
-            await self._read(buffer, offset)
-            self._end = offset + wanted
-            return buffer
-        spare, self._spare = self._spare, None
-        if spare is None or len(spare) < wanted:
-            spare = _pages(wanted)
-        buffer = spare[:wanted]
-        ahead, self._ahead = self._ahead, (-1, 0)
-        if ahead != (offset, wanted):
-            await self._read(buffer, offset)
-        is_next, self._end = offset == self._end, offset + wanted
-        token = trio.lowlevel.current_trio_token()
-        token.run_sync_soon(self._sent, spare, self._end if is_next else -1)
-        return buffer
-
-    async def _read(self, buffer: memoryview, offset: int) -> None:
+        memory, self._spare = self._spare, None
+        if memory is None or len(memory) < wanted:
+            memory = _pages(max(wanted, _SMALLEST))
+        buffer = memory[:wanted]
         done = self._fill(buffer, offset, 0, self._at_once) if self._at_once else 0
-        if done < len(buffer):
+        if done < wanted:
             await trio.to_thread.run_sync(
                 self._fill, buffer, offset, done, 0, limiter=self._limiter
             )
-
-    def _sent(self, spare: memoryview, offset: int) -> None:
-        """Take memory back, and read what comes next into it while the reader is busy.
-
-        That is done for who reads on, and if it is in the page cache.
-        """
-        if not self._files:
-            return
-        self._spare, self._ahead = spare, (-1, 0)
-        size = min(len(spare), self.size - offset)
-        if self._end == offset and size > 0 and self._at_once:
-            with contextlib.suppress(CocoonError):  # the read itself will say so
-                if self._fill(spare[:size], offset, 0, self._at_once) == size:
-                    self._ahead = offset, size
+        self._spare = memory
+        return buffer
 
     def close(self) -> None:
         """Close the files; harmless when that was done before."""

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import trio
-import trio.testing
 from archives import PAGE, data_in, file_with, firecracker, noise, write_sparse
 
 from agent.model.access import Access
@@ -172,33 +171,6 @@ async def test_any_range_reads_as_in_the_whole(view, source, rng):
         offset = rng.randrange(archive.size)
         size = rng.choice([1, 512, rng.randrange(5000), rng.randrange(MIB)])
         assert await archive.pread(offset, size) == content[offset : offset + size]
-
-
-async def test_what_comes_next_is_read_while_the_reader_is_busy(view, tmp_path):
-    directory = tmp_path / "dense"
-    directory.mkdir()
-    (directory / "cow.raw").write_bytes(noise(3 * MIB))
-    archive = await view(directory)
-    content = await read(archive, 4 * MIB)
-    piece = 512 * 1024
-
-    async def spoilt_after(*offsets):
-        """What is read behind `offsets`, of a file that changes meanwhile."""
-        for offset in offsets:
-            assert await archive.pread(offset, piece) == content[offset : offset + piece]
-        await trio.testing.wait_all_tasks_blocked(0.01)
-        (directory / "cow.raw").write_bytes(bytes(3 * MIB))
-        got = await archive.pread(offsets[-1] + piece, piece)
-        (directory / "cow.raw").write_bytes(noise(3 * MIB))
-        return got
-
-    assert await spoilt_after(0, piece) == content[2 * piece : 3 * piece]
-    assert await spoilt_after(MIB, 0) == bytes(piece)  # who jumps about has nothing read for it
-    assert await read(archive, piece) == content
-    assert await archive.pread(0, piece) == content[:piece]
-    assert await archive.pread(piece, piece) == content[piece : 2 * piece]
-    archive.close()  # with what is to be read ahead still to come
-    await trio.testing.wait_all_tasks_blocked(0.01)
 
 
 async def test_reading_at_and_behind_the_end_gives_nothing(view, source):
