@@ -23,7 +23,8 @@ class LaunchPlan:
     what the process may use, in bytes: the guest's memory and the VMM's own. `dynamic` programs
     need the host's shared libraries. With `serial_socket` the guest's console is a socket that the
     VMM makes, else it is the process's standard input and output. `restore_mode` is how memory is
-    loaded, where the VMM knows several ways.
+    loaded, where the VMM knows several ways. With `sets_affinity` the VMM ties threads of its own
+    to CPUs of the host.
     """
 
     binary: str
@@ -37,3 +38,4 @@ class LaunchPlan:
     load_arguments: tuple[str, ...] = ()
     serial_socket: bool = False
     restore_mode: str = ""
+    sets_affinity: bool = False

@@ -82,10 +82,16 @@ def vm_unit(vm: Vm, plan: LaunchPlan, paths: Paths, binds: Iterable[Bind] = ()) 
         ("BindPaths", _bind_property(bind for bind in mounts if not bind.readonly)),
         ("BindReadOnlyPaths", _bind_property(bind for bind in mounts if bind.readonly)),
         ("DeviceAllow", Variant("a(ss)", _devices(plan, mounts))),
+        # What the drop-in denies comes on top.
+        *([] if plan.sets_affinity else [_denied("sched_setaffinity")]),
         *resource_limits(vm, plan.memory),
         # Some VMMs have a thread for each queue of a disk, of which there is one a CPU.
         ("TasksMax", Variant("t", 64 + (8 + MAXIMUM_DISKS) * config.most_cpu)),
     ]
+
+
+def _denied(*calls: str) -> Property:
+    return ("SystemCallFilter", Variant("(bas)", [False, list(calls)]))
 
 
 def _standard_streams(plan: LaunchPlan, paths: Paths) -> list[Property]:

@@ -25,7 +25,7 @@ from agent.systemd.drop_in import FILE
 from agent.systemd.users import USERDB
 from agent.vmm.cloud_hypervisor import CloudHypervisor
 from agent.vmm.driver import Version
-from tests.integration.vm_units import MIB, VmUnit, VmUnits, systemctl
+from tests.integration.vm_units import MIB, VmUnit, VmUnits, replace_plan, systemctl
 
 REFUSED = {"EPERM", "EACCES", "EAFNOSUPPORT", "SIGSYS"}
 NESTED_STATE = Path("/etc/systemd/system/cocoon-vm-.service.d/50-nested-state.conf")
@@ -219,6 +219,22 @@ def test_its_root_is_read_only(inside):
 def test_no_forbidden_call_succeeds(inside):
     assert {name: end for name, end in inside.report.calls.items() if end not in REFUSED} == {}
     assert inside.report.calls["another architecture"] == "SIGSYS"
+
+
+def test_a_vmm_that_ties_threads_to_cpus_may_do_no_more_than_that():
+    firecracker = shutil.which("firecracker")
+    assert firecracker is not None
+    guests = Path(os.environ["COCOON_TEST_GUESTS"])
+    units = VmUnits(sys.executable, firecracker, guests)
+    try:
+        unit = units.program(str(guests / "inside"), restart="no")
+        replace_plan(unit, sets_affinity=True)
+        assert unit.start() == "done"
+        report = Report.of(unit.console.read_until(rb"^end\n").decode().splitlines()[:-1])
+    finally:
+        units.remove()
+    done = {name for name, end in report.calls.items() if end not in REFUSED}
+    assert done == {"sched_setaffinity"}
 
 
 def test_it_can_neither_signal_nor_trace_a_foreign_process(inside):

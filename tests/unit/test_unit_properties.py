@@ -94,6 +94,11 @@ def test_limits_follow_the_configuration():
     assert properties["User"] == "70000"
 
 
+def test_only_a_vmm_that_ties_its_threads_to_cpus_may_do_so():
+    assert values()["SystemCallFilter"] == [False, ["sched_setaffinity"]]
+    assert "SystemCallFilter" not in values(dataclasses.replace(PLAN, sets_affinity=True))
+
+
 def test_a_weight_is_one_that_systemd_takes_however_many_cpus():
     many = dataclasses.replace(VM, config=VmConfig(cpu=512))
     assert values(vm=many)["CPUWeight"] == 10_000
