@@ -20,6 +20,7 @@ from agent.model.vm import State, Vm
 from agent.systemd.unit import environment_file, resource_limits, running_properties
 from agent.vmm.driver import Hardware, LiveChanges, Vmm
 
+from .affinity import check_queue_cpus
 from .pause import connected
 from .services import Services
 from .steps import step
@@ -63,6 +64,8 @@ def check(services: Services, vm: Vm, config: VmConfig, names: Collection[str]) 
     _check_room(vm, "max_cpu", config.cpu, vm.config.most_cpu, str)
     _check_room(vm, "max_memory", config.memory, vm.config.most_memory, show_size)
     _check_disks(vm, vm.config.disks, config.disks)
+    if {*config.disks} - {*vm.config.disks}:
+        check_queue_cpus(vm.name, config)
 
 
 def _check_disks(vm: Vm, before: tuple[Disk, ...], after: tuple[Disk, ...]) -> None:
@@ -191,7 +194,7 @@ async def _reach(
         await live.set_memory(config.memory)
         step("change:memory")
     for drive in missing.values():
-        await live.add_disk(drive, config.cpu)
+        await live.add_disk(drive, config)
         step("change:added")
     leaving = {
         name: drive

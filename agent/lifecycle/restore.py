@@ -19,6 +19,7 @@ from agent.model.snapshot import Snapshot
 from agent.model.vm import State, Vm
 
 from . import images, library
+from .affinity import check_queue_cpus
 from .services import PROCESS_GONE, RESTING, Services
 from .start import Loading, launch, plan_launch, prepare
 from .steps import step
@@ -72,6 +73,7 @@ async def _stage(services: Services, vm: Vm, snapshot: Snapshot) -> None:
         raise Unsupported(
             f"snapshot {snapshot.name} has {snapshot.cpu} CPUs, this host {services.host_cpus}"
         )
+    check_queue_cpus(vm.name, vm.config)
     await plan_launch(services.drivers, restored(services, vm, snapshot), loads=True)
     tree, store = services.tree, services.snapshots
     await tree.in_thread("storing a kernel", store.store_boot, snapshot)

@@ -360,6 +360,8 @@ def _finish_files(services: Services, snapshot: Snapshot, vm: Vm) -> Snapshot:
     booted = boot_files(snapshot).digests()
     paths = {name: services.kernels.path(digest) for name, digest in booted.items()}
     store.link_boot(snapshot.id, paths)
+    if vm.config.ties_queues:
+        store.untie(snapshot.id)
     document = Sidecar(snapshot.disks, snapshot.boot, snapshot.cpu, snapshot.memory)
     store.write(snapshot.id, SIDECAR, show_sidecar(document))
     files = store.seal(snapshot.id)

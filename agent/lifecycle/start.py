@@ -24,6 +24,7 @@ from agent.systemd.users import write_user
 from agent.vmm.driver import Driver, Version, Vmm, VmmState
 
 from . import images
+from .affinity import check_queue_cpus
 from .pause import connected
 from .services import Services
 from .steps import step
@@ -118,6 +119,7 @@ def _planned(
             f"{driver.name} VMs get no first-boot configuration: leave out hostname, user, "
             "password, ssh_keys and user_data"
         )
+    _check_affinity(by_name, vm, driver)
     base, config = vm.config.base, vm.config
     if base is not None and base.format == "raw" and not (vm.started_at or vm.from_snapshot):
         # Whichever the first backend has, a copy or an overlay, the disk stays.
@@ -142,6 +144,16 @@ def _check_firmware(by_name: Mapping[str, Driver], vm: Vm, driver: Driver) -> No
     )
 
 
+def _check_affinity(by_name: Mapping[str, Driver], vm: Vm, driver: Driver) -> None:
+    if not vm.config.ties_queues or driver.capabilities.queue_affinity:
+        return
+    able = [name for name, each in by_name.items() if each.capabilities.queue_affinity]
+    raise Unsupported(
+        f"{driver.name} ties no queues of disks to CPUs of the host, {' and '.join(able)} does: "
+        "write [] to queue_affinity, or another hypervisor"
+    )
+
+
 async def prepare(
     services: Services, vm: Vm, loading: Loading | None = None
 ) -> tuple[Vm, LaunchPlan]:
@@ -152,6 +164,7 @@ async def prepare(
     services.claim_host()
     if vm.config.cpu > services.host_cpus:
         raise Invalid(f"VM {vm.name} has {vm.config.cpu} CPUs, this host {services.host_cpus}")
+    check_queue_cpus(vm.name, vm.config)
     base = await _base(services, vm)
     if loading is None and services.snapshots.has_loaded(vm):
         forgetting = f"removing what VM {vm.name} was loaded from"

@@ -9,6 +9,7 @@ import posixpath
 from typing import Any
 
 from . import canonical
+from .config import QueueAffinity
 from .errors import Damaged, Missing, Unsupported
 from .snapshot import CH_CONFIG, Snapshot, is_disk, load_object
 
@@ -35,12 +36,12 @@ _PAYLOAD = {
 _RANDOM = "/dev/urandom"
 
 
-def localised(data: bytes, snapshot: Snapshot) -> bytes:
+def localised(data: bytes, snapshot: Snapshot, affinity: QueueAffinity = ()) -> bytes:
     """Return `data`, the content of the snapshot's `config.json`, as a VM here is to load it.
 
-    The same bytes when nothing is to change; fields that are not known here stay. Raises Damaged
-    for what is no VmConfig, Unsupported for what VMs do not have here, Missing for a disk that did
-    not travel.
+    Its disks are tied to CPUs as the VM's `affinity` says. The same bytes when nothing is to
+    change; fields that are not known here stay. Raises Damaged for what is no VmConfig, Unsupported
+    for what VMs do not have here, Missing for a disk that did not travel.
     """
     config = load_object(data, CH_CONFIG)
     before = json.dumps(config)
@@ -49,6 +50,7 @@ def localised(data: bytes, snapshot: Snapshot) -> bytes:
             raise _unsupported(snapshot, what, key)
     for disk in _objects(config, "disks"):
         _localise_disk(disk, snapshot)
+        _tie(disk, affinity)
     payload = _object(config, "payload")
     if payload.get("igvm"):
         raise _unsupported(snapshot, "an IGVM file", "payload")
@@ -57,6 +59,32 @@ def localised(data: bytes, snapshot: Snapshot) -> bytes:
     _localise_resources(config, snapshot)
     after = json.dumps(config)
     return data if after == before else after.encode()
+
+
+def untied(data: bytes) -> bytes:
+    """Return a `config.json` that ties no disk to CPUs; raise Damaged for what is none."""
+    config = load_object(data, CH_CONFIG)
+    for disk in _objects(config, "disks"):
+        _tie(disk, ())
+    return json.dumps(config).encode()
+
+
+def show_affinity(affinity: QueueAffinity) -> list[dict[str, Any]]:
+    """Return what ties a disk to CPUs, in the words of Cloud Hypervisor's API (DiskConfig).
+
+    Of a queue that the disk has not, it takes no notice.
+    """
+    return [
+        {"queue_index": queue, "host_cpus": list(cpus)}
+        for queue, cpus in enumerate(affinity)
+        if cpus
+    ]
+
+
+def _tie(disk: dict[str, Any], affinity: QueueAffinity) -> None:
+    disk.pop("queue_affinity", None)
+    if any(affinity):
+        disk["queue_affinity"] = show_affinity(affinity)
 
 
 def _localise_disk(disk: dict[str, Any], snapshot: Snapshot) -> None:
@@ -72,7 +100,6 @@ def _localise_disk(disk: dict[str, Any], snapshot: Snapshot) -> None:
             f"snapshot {snapshot.name} needs the disk {path[:120]!r}, which did not travel with "
             "it: take it again of a VM whose disks are its own"
         )
-    disk.pop("queue_affinity", None)
 
 
 def _localise_consoles(config: dict[str, Any]) -> None:

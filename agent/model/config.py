@@ -18,9 +18,13 @@ RESTORE_MODES = ("auto", "ondemand", "copy")
 MINIMUM_MEMORY = 16 * MIB
 MAXIMUM_STORAGE = 64 * 1024 * GIB
 MAXIMUM_DISKS = 16
+MAXIMUM_HOST_CPU = 1023
+"""The last in a cpu_set_t, CPU_SET(3): Cloud Hypervisor panics at one beyond."""
 _SERIAL = re.compile(r"[A-Za-z0-9._-]{1,20}")  # virtio-blk: 20 bytes (VIRTIO 1.2, 5.2.6.1)
 FILESYSTEMS = ("", "ext4")
 """What the agent makes on its own disks; "" for nothing."""
+QueueAffinity = tuple[tuple[int, ...], ...]
+"""For each queue of every disk the CPUs of the host that it is tied to, none for any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,7 @@ class VmConfig:
     stop_timeout: int = 30
     track_dirty: bool = False
     restore_mode: str = "auto"
+    queue_affinity: QueueAffinity = ()
     hostname: str = ""
     user: str = ""
     password: str = field(default="", repr=False)
@@ -107,6 +112,11 @@ class VmConfig:
     @property
     def most_memory(self) -> int:
         return self.max_memory or self.memory
+
+    @property
+    def ties_queues(self) -> bool:
+        """Whether a queue of its disks is tied to CPUs of the host."""
+        return any(self.queue_affinity)
 
     @property
     def is_disk_boot(self) -> bool:
@@ -164,6 +174,9 @@ def parse_config(base: VmConfig, changes: Mapping[str, Any], host_cpus: int) -> 
     if config.max_memory == config.memory:
         config = dataclasses.replace(config, max_memory=0)
     _check_together(config, host_cpus)
+    if config.queue_affinity != base.queue_affinity:
+        # Those of CPUs that were taken away later wait for them to come back.
+        _check_queues(config)
     return config
 
 
@@ -173,7 +186,9 @@ def parse_line(name: str, text: str) -> Any:
     Lists and objects are JSON; `ssh_keys` may also be lines, as in an authorized_keys file.
     """
     stripped = text.strip()
-    if name in ("boot", "disks") or (name == "ssh_keys" and stripped.startswith("[")):
+    if name in ("boot", "disks", "queue_affinity") or (
+        name == "ssh_keys" and stripped.startswith("[")
+    ):
         try:
             return json.loads(stripped or "null")
         except ValueError as error:
@@ -223,6 +238,15 @@ def _check_together(config: VmConfig, host_cpus: int) -> None:
     for what, values in (("name", names), ("serial", serials)):
         if len(set(values)) != len(values):
             raise Invalid(f"disks: two disks have the same {what}")
+
+
+def _check_queues(config: VmConfig) -> None:
+    queues, most = len(config.queue_affinity), config.most_cpu
+    if queues > most:
+        raise Invalid(
+            f"queue_affinity is for {queues} queues, and a disk has one for each CPU, {most} at "
+            "most (max_cpu): write fewer lists, or more CPUs first"
+        )
 
 
 def _whole(name: str, low: int, high: int | None = None) -> Callable[[Any], int]:
@@ -374,6 +398,32 @@ def _disk(raw: Any) -> Disk:
     return dataclasses.replace(disk, size=size(given.get("size")))
 
 
+def _queue_affinity(raw: Any) -> QueueAffinity:
+    if not isinstance(raw, list):
+        raise Invalid(
+            "queue_affinity is not a list with, for each queue of a disk, a list of CPUs of the "
+            "host, as [[0], [1, 2]]"
+        )
+    return tuple(_queue_cpus(queue, cpus) for queue, cpus in enumerate(raw))
+
+
+def _queue_cpus(queue: int, raw: Any) -> tuple[int, ...]:
+    if not isinstance(raw, list):
+        raise Invalid(
+            f"queue_affinity of queue {queue}, {str(raw)[:40]!r}, is not a list of CPUs of the "
+            "host: write [] for any"
+        )
+    for cpu in raw:
+        if not isinstance(cpu, int) or isinstance(cpu, bool) or not 0 <= cpu <= MAXIMUM_HOST_CPU:
+            raise Invalid(
+                f"queue_affinity of queue {queue} names {str(cpu)[:40]!r}, which is not the number "
+                f"of a CPU, 0 to {MAXIMUM_HOST_CPU}"
+            )
+    if len(set(raw)) < len(raw):
+        raise Invalid(f"queue_affinity of queue {queue} names a CPU twice")
+    return tuple(raw)
+
+
 def _show_boot(config: VmConfig) -> dict[str, str] | None:
     if config.boot is None:
         return None
@@ -436,6 +486,12 @@ def _keys() -> dict[str, Key]:
             _choice("restore_mode", RESTORE_MODES),
             plain("restore_mode"),
             live=True,
+        ),
+        Key(
+            "queue_affinity",
+            "[[0],[1,2]]: host CPUs for queue 0, 1 … of disks",
+            _queue_affinity,
+            lambda c: [list(cpus) for cpus in c.queue_affinity],
         ),
         Key(
             "hostname",

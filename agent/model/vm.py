@@ -177,6 +177,7 @@ def _config(row: dict[str, Any]) -> VmConfig:
     config["base"] = BaseImage(**config["base"]) if config.get("base") else None
     config["disks"] = tuple(Disk(**disk) for disk in config.get("disks", ()))
     config["ssh_keys"] = tuple(config.get("ssh_keys", ()))
+    config["queue_affinity"] = tuple(map(tuple, config.get("queue_affinity", ())))
     return VmConfig(**config)
 
 

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from agent.model import canonical
-from agent.model.ch_config import localised
+from agent.model.ch_config import localised, untied
+from agent.model.config import QueueAffinity
 from agent.model.disks import disk_files
 from agent.model.errors import Damaged, Missing
 from agent.model.pinned import boot_files
@@ -146,6 +147,13 @@ class SnapshotStore(Staged):
         """Write a small file into staging."""
         with directory.opened(self.staging(snapshot_id)) as staging:
             _write(staging, name, content, sync=False)
+
+    def untie(self, snapshot_id: str) -> None:
+        """Take out of CH_CONFIG in staging which CPUs the VM's disks are tied to."""
+        with open(f"{self.staging(snapshot_id)}/{CH_CONFIG}", "rb") as file:
+            # One that is longer is refused as no JSON, which it then is not.
+            data = file.read(_PIECE)
+        self.write(snapshot_id, CH_CONFIG, untied(data))
 
     def seal(self, snapshot_id: str) -> tuple[SnapshotFile, ...]:
         """Turn zeros in the memory file into holes, sync all files; return names and sizes."""
@@ -319,7 +327,7 @@ class SnapshotStore(Staged):
         os.mkdir(target, 0o700)
         try:
             with self.opened(snapshot) as source, directory.opened(target) as own:
-                config = _localised(source, snapshot)
+                config = _localised(source, snapshot, vm.config.queue_affinity)
                 for file in snapshot.files:
                     is_live = file.name == written.memory and snapshot.memory_is_live
                     if is_disk(file.name) or is_live:
@@ -379,13 +387,13 @@ def _whole(parent: int, file: SnapshotFile) -> Iterator[int]:
         os.close(opened)
 
 
-def _localised(source: int, snapshot: Snapshot) -> bytes | None:
+def _localised(source: int, snapshot: Snapshot, affinity: QueueAffinity = ()) -> bytes | None:
     """Return what is to be written for the snapshot's CH_CONFIG, None when that can be shared."""
     for file in snapshot.files:
         if file.name == CH_CONFIG and CH_CONFIG in snapshot.state_files.small:
             with _whole(source, file) as config:
                 data = os.pread(config, file.size, 0)
-            changed = localised(data, snapshot)
+            changed = localised(data, snapshot, affinity)
             return None if changed is data else changed
     return None
 

@@ -36,6 +36,8 @@ _BALLOON_FROM = 256 * MIB  # Cocoon's choice, as is the quarter
 _BALLOON_SHARE = 4
 _RANDOM = "/dev/urandom"
 _OWN_MEMORY = 64 * MIB
+_MOST_DISK_WORDS = 96 * 1024
+"""Characters; all arguments are one variable of the environment, at most 128 KiB: execve(2)."""
 _LOADING_THREAD = b"uffd-handler"
 _CHAIN = "exited with the following chain of errors"
 _LINK = re.compile(r"\s*\d+: (.+)")
@@ -60,6 +62,7 @@ class CloudHypervisor:
         serial_socket=True,
         firmware=FirmwareFormat.ELF,
         live_changes=True,
+        queue_affinity=True,
     )
 
     def __init__(
@@ -112,6 +115,7 @@ class CloudHypervisor:
             dynamic=version.dynamic,
             serial_socket=True,
             restore_mode=mode,
+            sets_affinity=config.ties_queues,
         )
 
     def check_state(self, state: bytes) -> None:
@@ -292,7 +296,12 @@ def _boot_arguments(vm: Vm) -> list[str]:
     if config.memory >= _BALLOON_FROM:
         size = config.memory // _BALLOON_SHARE
         words += ["--balloon", f"size={size},deflate_on_oom=on,free_page_reporting=on"]
-    disks = [disk_words(drive, config.cpu) for drive in drives(config, seed=bool(vm.seed))]
+    disks = [disk_words(drive, config) for drive in drives(config, seed=bool(vm.seed))]
+    if sum(map(len, disks)) > _MOST_DISK_WORDS:
+        raise Invalid(
+            f"queue_affinity of VM {vm.name} is too long for a command line with {len(disks)} "
+            "disks: name CPUs that follow each other, or fewer"
+        )
     return [*words, "--disk", *disks] if disks else words
 
 

@@ -9,7 +9,9 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from agent.model.ch_config import show_affinity
 from agent.model.config import VmConfig
+from agent.model.cpus import show_cpus
 from agent.model.disks import Drive
 from agent.model.errors import Busy, Failed, Invalid, Unsupported
 from agent.model.size import MIB, show_size
@@ -103,9 +105,11 @@ class GuestHardware:
                 ) from error
             raise
 
-    async def add_disk(self, drive: Drive, cpu: int, timeout: float = 10) -> None:
+    async def add_disk(self, drive: Drive, config: VmConfig, timeout: float = 10) -> None:
         """Give the guest a disk; see LiveChanges."""
-        body = {**_disk_options(drive, cpu), "image_type": _IMAGE_TYPES[drive.format]}
+        body = {**_disk_options(drive, config), "image_type": _IMAGE_TYPES[drive.format]}
+        if config.ties_queues:
+            body["queue_affinity"] = show_affinity(config.queue_affinity)
         await self._put("vm.add-disk", body, timeout)
 
     async def remove_disk(self, drive: Drive, timeout: float = 10) -> None:
@@ -161,11 +165,10 @@ def _stem(path: str) -> str:
     return os.path.basename(path).rpartition(".")[0]
 
 
-def _disk_options(drive: Drive, cpu: int) -> dict[str, Any]:
+def _disk_options(drive: Drive, config: VmConfig) -> dict[str, Any]:
     """Return the options of a disk, by the names that command line and API share.
 
-    A queue for each vCPU. They are tied to no CPU of the host: the unit's limits are what shares
-    those among VMs, and the jail denies the call.
+    A queue for each vCPU, which has a thread of its own.
     """
     options: dict[str, Any] = {
         "path": drive.path,
@@ -173,17 +176,23 @@ def _disk_options(drive: Drive, cpu: int) -> dict[str, Any]:
         "readonly": drive.readonly,
         # The guest has a cache of its own; what many read is better in the host's.
         "direct": not drive.readonly,
-        "num_queues": cpu,
+        "num_queues": config.cpu,
         "queue_size": _QUEUE_SIZE,
         "backing_files": drive.backing is not None,
     }
     return {**options, "serial": drive.serial} if drive.serial else options
 
 
-def disk_words(drive: Drive, cpu: int) -> str:
-    """Return the option of the command line for a disk of a guest that has `cpu` vCPUs."""
+def disk_words(drive: Drive, config: VmConfig) -> str:
+    """Return the option of the command line for a disk of a guest with that configuration."""
     shown = {True: "on", False: "off"}
-    options = {**_disk_options(drive, cpu), "image_type": drive.format}
+    options = {**_disk_options(drive, config), "image_type": drive.format}
+    if config.ties_queues:
+        queues = [
+            f"{tie['queue_index']}@[{show_cpus(tie['host_cpus'])}]"
+            for tie in show_affinity(config.queue_affinity)
+        ]
+        options["queue_affinity"] = f"[{','.join(queues)}]"
     return ",".join(
         f"{name}={shown[value] if isinstance(value, bool) else value}"
         for name, value in options.items()

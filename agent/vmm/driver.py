@@ -38,13 +38,15 @@ class Capabilities:
     `qcow2` it has disks in that format too, not only raw ones. With `serial_socket` the guest's
     console is `canonical.CONSOLE_SOCKET`, made by the VMM, else its standard input and output.
     `firmware` is the format of the firmware files that it boots, "" where it boots none. With
-    `live_changes` its VMMs have `Vmm.live`.
+    `live_changes` its VMMs have `Vmm.live`. With `queue_affinity` disks have a thread for each
+    queue, which can be tied to CPUs of the host.
     """
 
     pause: bool = True
     snapshot: bool = False
     track_dirty: bool = False
     live_changes: bool = False
+    queue_affinity: bool = False
     disk_serials: bool = False
     qcow2: bool = False
     first_boot_seed: bool = False
@@ -102,8 +104,8 @@ class LiveChanges(Protocol):
         """Give the guest memory, to have so many bytes then."""
         ...
 
-    async def add_disk(self, drive: Drive, cpu: int, timeout: float = 10) -> None:
-        """Give the guest, which has `cpu` vCPUs, a disk, whose file is there."""
+    async def add_disk(self, drive: Drive, config: VmConfig, timeout: float = 10) -> None:
+        """Give the guest, which has the CPUs of `config`, a disk, whose file is there."""
         ...
 
     async def remove_disk(self, drive: Drive, timeout: float = 10) -> None:

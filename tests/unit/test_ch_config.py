@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from agent.model import canonical
 from agent.model.access import Access
-from agent.model.ch_config import localised
+from agent.model.ch_config import localised, untied
 from agent.model.errors import CocoonError, Damaged, Missing, Unsupported
 from agent.model.snapshot import BoundFile, Snapshot, SnapshotFile
 
@@ -92,6 +92,28 @@ def test_a_disk_is_looked_for_where_it_is_here():
     affinity = {"queue_affinity": [{"queue_index": 0, "host_cpus": [40]}]}
     (disk,) = changed(disks=[theirs | affinity])["disks"]
     assert disk == theirs | {"path": f"{canonical.VM}/cow.raw"}
+
+
+TIED = [{"queue_index": 0, "host_cpus": [40]}, {"queue_index": 2, "host_cpus": [3, 1]}]
+
+
+@pytest.mark.parametrize("theirs", [{}, {"queue_affinity": None}, {"queue_affinity": TIED}])
+@pytest.mark.parametrize(
+    ("affinity", "ours"),
+    [((), {}), (((), ()), {}), (((40,), (), (3, 1)), {"queue_affinity": TIED})],
+)
+def test_disks_are_tied_to_the_cpus_that_their_vm_names(theirs, affinity, ours):
+    config = {**OWN, "disks": [disk | theirs for disk in OWN["disks"]]}
+    data = json.dumps(config).encode()
+    loaded = json.loads(localised(data, SNAPSHOT, affinity))
+    assert loaded == {**OWN, "disks": [disk | ours for disk in OWN["disks"]]}
+    assert json.loads(untied(data)) == OWN
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b'{"disks": 1}', b'{"disks": [1]}', b'{"disks": ['])
+def test_what_is_no_configuration_is_untied_from_nothing(data):
+    with pytest.raises(Damaged):
+        untied(data)
 
 
 def test_rules_for_paths_of_the_other_host_go():

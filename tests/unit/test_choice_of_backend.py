@@ -18,9 +18,9 @@ pytestmark = pytest.mark.anyio
 class Backend:
     """A backend that has an obstacle, is missing, or refuses what is asked of it."""
 
-    def __init__(self, name, obstacle="", missing="", refusal="", firmware=""):
+    def __init__(self, name, obstacle="", missing="", refusal="", **capabilities):
         self.name = name
-        self.capabilities = Capabilities(firmware=firmware)
+        self.capabilities = Capabilities(**capabilities)
         self._obstacle, self._missing, self._refusal = obstacle, missing, refusal
 
     async def obstacle(self):
@@ -93,6 +93,21 @@ async def test_a_firmware_is_for_who_boots_its_format():
     del backends["qemu"]
     with pytest.raises(Unsupported, match=r"firecracker: .*no backend can"):
         await plan_launch(backends, vm)
+
+
+async def test_queues_are_tied_by_who_has_a_thread_for_each():
+    backends = {
+        each.name: each
+        for each in (Backend("cloud-hypervisor", queue_affinity=True), Backend("qemu"))
+    }
+    config = VmConfig(hypervisor="qemu", queue_affinity=((), (1,)))
+    vm = Vm("a" * 26, "web", 70000, Access(0, 0), config)
+    with pytest.raises(Unsupported, match="qemu ties no queues .*, cloud-hypervisor does: write"):
+        await plan_launch(backends, vm)
+    for changes in ({"hypervisor": "auto"}, {"queue_affinity": ((), ())}):
+        able = dataclasses.replace(vm, config=dataclasses.replace(config, **changes))
+        chosen, _ = await plan_launch(backends, able)
+        assert chosen.hypervisor == ("cloud-hypervisor" if "hypervisor" in changes else "qemu")
 
 
 @pytest.mark.parametrize("qcow2", [True, False])

@@ -85,6 +85,43 @@ def test_disks_are_what_they_are_said_to_be():
     assert (seed["path"], seed["readonly"]) == (f"{canonical.VM}/{canonical.SEED}", "on")
 
 
+def test_queues_are_tied_as_the_command_line_has_it():
+    """The words of vmm/src/config.rs: a queue, and a list of CPUs in brackets of its own."""
+    disks = (Disk(name="d", size=MIB), Disk(path="/dev/sdb"))
+    queues = ((3,), (), (0, 2, 1, 7, 9, 8))
+    launch = plan(cpu=3, disks=disks, storage=MIB, seed="x", queue_affinity=queues)
+    assert launch.sets_affinity
+    words = values(launch, "--disk")
+    assert len(words) == 4
+    assert {word.partition("queue_affinity=")[2] for word in words} == {"[0@[3],2@[0-2,7-9]]"}
+
+
+@pytest.mark.parametrize("queues", [(), ((),)])
+def test_a_vm_that_ties_no_queue_says_nothing_of_it(queues):
+    launch = plan(storage=MIB, queue_affinity=queues)
+    assert not launch.sets_affinity
+    assert "queue_affinity" not in values(launch, "--disk")[0]
+
+
+def test_more_queues_and_cpus_than_a_command_line_holds_are_refused():
+    everywhere, scattered = tuple(range(1024)), tuple(range(0, 1024, 2))
+    many = {"storage": MIB, "disks": tuple(Disk(name=f"d{n}", size=MIB) for n in range(16))}
+    words = values(plan(cpu=256, queue_affinity=(everywhere,) * 256, **many), "--disk")
+    assert len(words) == 17
+    with pytest.raises(Invalid, match="queue_affinity of VM web is too long .* 17 disks"):
+        plan(cpu=256, queue_affinity=(scattered,) * 256, **many)
+
+
+def test_a_clone_may_tie_its_threads_too():
+    config = VmConfig(queue_affinity=((0,),))
+    vm = Vm("a" * 26, "web", 70000, Access(0, 0), config)
+    assert (
+        CloudHypervisor(device=False, unprivileged=False)
+        .plan(vm, VERSION, loads=True)
+        .sets_affinity
+    )
+
+
 def test_what_it_cannot_do_is_refused_by_name():
     with pytest.raises(Unsupported, match="track_dirty"):
         plan(track_dirty=True)

@@ -27,7 +27,7 @@ CALLS = {
     "hardware": (PID, [DRIVE]),
     "set_cpus": (3,),
     "set_memory": (192 * MIB,),
-    "add_disk": (OTHER, 1),
+    "add_disk": (OTHER, VmConfig(queue_affinity=((0,),))),
     "remove_disk": (DRIVE,),
 }
 
@@ -59,13 +59,22 @@ async def test_a_guest_has_what_it_was_given(guest):
     live = GuestHardware(guest)
     await live.set_cpus(3)
     await live.set_memory(192 * MIB)
-    await live.add_disk(OTHER, 3)
+    await live.add_disk(OTHER, VmConfig(cpu=3, queue_affinity=((4,), (), (1, 0))))
     now = await live.hardware(PID, [DRIVE, OTHER])
     assert now == Hardware(3, 3, 3, 192 * MIB, frozenset([DRIVE, OTHER]))
     route, body = guest.changes[-1]
     assert route == "/vm.add-disk"
     assert body["path"] == f"{canonical.VM}/data-e.raw"
     assert (body["image_type"], body["direct"], body["num_queues"]) == ("Raw", True, 3)
+    assert body["queue_affinity"] == [
+        {"queue_index": 0, "host_cpus": [4]},
+        {"queue_index": 2, "host_cpus": [1, 0]},
+    ]
+
+
+async def test_a_disk_that_is_tied_to_no_cpu_says_nothing_of_it(guest):
+    await GuestHardware(guest).add_disk(OTHER, VmConfig())
+    assert "queue_affinity" not in guest.changes[-1][1]
 
 
 async def test_a_guest_has_what_it_has_not_let_go_of(guest):

@@ -64,6 +64,9 @@ documents = st.fixed_dictionaries(
         "autostart": st.booleans() | st.sampled_from(["yes", "no"]),
         "stop_timeout": st.integers(1, 3600) | st.integers(1, 3600).map(str),
         "track_dirty": st.booleans(),
+        "queue_affinity": st.lists(
+            st.lists(st.integers(0, 1023), max_size=3, unique=True), max_size=1
+        ),
         "hostname": names.filter(lambda name: "_" not in name and not name.endswith("-")),
         "user_data": st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0")),
         "ssh_keys": st.lists(names, max_size=3),
@@ -100,6 +103,7 @@ def test_anything_else_is_refused_or_understood_but_never_crashes(document):
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
         lambda inner: (
             st.lists(inner, max_size=3)
+            | st.lists(st.lists(inner, max_size=2), max_size=2)
             | st.dictionaries(st.sampled_from(["kernel", "path", "name", "size", "x"]), inner)
         ),
         max_leaves=6,
@@ -145,6 +149,21 @@ def test_any_json_value_of_a_key_is_refused_or_understood(key, value):
         ({"disks": [{"path": "/x", "name": "a"}]}, "path, readonly and serial only"),
         ({"disks": [{"name": "a", "size": "1G"}] * 2}, "two disks have the same name"),
         ({"disks": [{"path": "/x", "serial": "a b"}]}, "serial 'a b' is not"),
+        ({"queue_affinity": 0}, "not a list with, for each queue of a disk, a list of CPUs"),
+        ({"queue_affinity": {"0": [1]}}, "not a list with"),
+        ({"queue_affinity": [0]}, "of queue 0, '0', is not a list of CPUs"),
+        ({"queue_affinity": [[], "1"]}, "of queue 1, '1', is not a list of CPUs"),
+        ({"queue_affinity": [["1"]]}, "names '1', which is not the number of a CPU"),
+        ({"queue_affinity": [[True]]}, "names 'True', which is not the number"),
+        ({"queue_affinity": [[1.0]]}, "names '1.0', which is not the number"),
+        ({"queue_affinity": [[-1]]}, "names '-1', which is not the number"),
+        ({"queue_affinity": [[1024]]}, "names '1024', which is not the number of a CPU, 0 to 1023"),
+        ({"queue_affinity": [[1, 2, 1]]}, "of queue 0 names a CPU twice"),
+        (
+            {"queue_affinity": [[0], [1]]},
+            "for 2 queues, and a disk has one for each CPU, 1 at most",
+        ),
+        ({"cpu": 2, "max_cpu": 3, "queue_affinity": [[], [], [], []]}, "each CPU, 3 at most"),
         ({"restart": "maybe"}, "not one of no, on-failure, always"),
         ({"autostart": "maybe"}, "neither yes nor no"),
         ({"stop_timeout": 0}, "not a whole number from 1 to 3600"),
@@ -179,6 +198,26 @@ def test_only_paths_of_the_host_are_named_as_such():
         disks=[{"path": "/dev/sdb"}, {"name": "d", "size": "1G"}],
     )
     assert config.host_paths() == {"/boot/vmlinuz", "/dev/sdb"}
+
+
+def test_queues_may_be_as_many_as_the_vm_may_have_cpus():
+    config = parse(
+        cpu=1, max_cpu=3, queue_affinity=parse_line("queue_affinity", "[[0], [], [2,1]]")
+    )
+    assert config.queue_affinity == ((0,), (), (2, 1))
+    assert show_line("queue_affinity", config) == "[[0], [], [2, 1]]"
+
+
+def test_queues_of_cpus_that_were_taken_away_stay_tied():
+    config = parse(cpu=2, queue_affinity=[[0], [1]])
+    fewer = parse_config(config, {"cpu": 1}, CPUS)
+    assert fewer.queue_affinity == ((0,), (1,))
+    assert parse_config(fewer, show_config(fewer), CPUS) == fewer
+
+
+@pytest.mark.parametrize(("queues", "ties"), [([], False), ([[]], False), ([[], [0]], True)])
+def test_only_a_queue_with_a_cpu_is_tied(queues, ties):
+    assert parse(cpu=2, queue_affinity=queues).ties_queues is ties
 
 
 def test_ssh_keys_may_be_lines_or_json():

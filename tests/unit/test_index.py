@@ -27,6 +27,7 @@ def make_vm(name: str, **values: object) -> Vm:
             boot=Boot(kernel="k", cmdline="a b"),
             disks=(Disk(name="d", size=1 << 20), Disk(path="/dev/x", readonly=True)),
             ssh_keys=("ssh-ed25519 A", "ssh-ed25519 B"),
+            queue_affinity=((0, 2), ()),
         ),
         state=State.STOPPED,
         booted=BootFiles("aa", "", Boot(kernel="k")),

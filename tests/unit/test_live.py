@@ -9,7 +9,7 @@ import pytest
 import trio
 from live_guest import Guest
 
-from agent.lifecycle import configure, live
+from agent.lifecycle import affinity, configure, live
 from agent.lifecycle.services import Services
 from agent.model.access import Access, Caller
 from agent.model.config import Boot, Disk, VmConfig
@@ -17,6 +17,7 @@ from agent.model.errors import Busy, Failed, Invalid, NoSpace, TimedOut, Unsuppo
 from agent.model.size import MIB
 from agent.model.vm import State, Vm, from_row, to_row
 from agent.storage.tree import Tree
+from agent.systemd.cpus import HostCpus
 from agent.vmm import cloud_hypervisor_hardware
 from agent.vmm.cloud_hypervisor import CloudHypervisor
 from agent.vmm.cloud_hypervisor_hardware import GuestHardware
@@ -361,6 +362,27 @@ async def test_what_cannot_be_is_refused_before_anything(make_host, changes, kin
     with pytest.raises(kind, match=words):
         await host.write(**changes)
     assert (host.vm, host.table.saved, host.guest.changes) == (before, [], [])
+
+
+async def test_a_disk_is_added_to_the_cpus_of_the_others_while_there_are_these(
+    make_host, monkeypatch
+):
+    host = await make_host(cpu=1, queue_affinity=((1,), (0,)))
+    usable = frozenset({0, 1})
+    monkeypatch.setattr(affinity, "host_cpus", lambda: HostCpus(usable, usable, usable))
+    await host.write(disks=disks(D))
+    (body,) = [body for route, body in host.guest.changes if route == "/vm.add-disk"]
+    assert body["queue_affinity"] == [
+        {"queue_index": 0, "host_cpus": [1]},
+        {"queue_index": 1, "host_cpus": [0]},
+    ]
+    usable = frozenset({0})
+    with pytest.raises(Invalid, match="CPU 1, which this host does not have"):
+        await host.write(disks=disks(D, E))
+    await host.write(disks=[])
+    assert host.vm.config.disks == ()
+    with pytest.raises(Busy, match="queue_affinity can change only while it is stopped"):
+        await host.write(queue_affinity=[])
 
 
 async def test_the_room_that_a_vm_was_started_with_stays(make_host):

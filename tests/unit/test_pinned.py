@@ -45,6 +45,12 @@ def test_a_snapshot_fixes_what_its_vm_had():
     assert config.restart == "always"
 
 
+def test_what_the_queues_are_tied_to_stays_the_vms_own():
+    config = pin(VmConfig(cpu=4, queue_affinity=((0,), (1,), (2,), (3,))), SNAPSHOT)
+    assert config.cpu == 2
+    assert config.queue_affinity == ((0,), (1,), (2,), (3,))
+
+
 def test_an_overlay_stands_on_the_image_that_is_here_under_its_name():
     disks = (
         SnapshotDisk("/var/lib/cocoon/run/vm/overlay.qcow2", role="cow"),

@@ -190,16 +190,23 @@ def test_a_disk_that_is_bound_elsewhere_is_linked_out_of_reach(store, tree, snap
     assert facts(os.path.dirname(path)) == (0, 0o700)
 
 
+def described(store, config):
+    """A snapshot of Cloud Hypervisor's with that configuration."""
+    data = json.dumps(config).encode()
+    files = (SnapshotFile("config.json", len(data)), SnapshotFile("cow.raw", 0))
+    taken = dataclasses.replace(SNAPSHOT, hypervisor="cloud-hypervisor", files=files)
+    os.mkdir(store.directory(taken.id), 0o700)
+    for file in files:
+        with open(f"{store.directory(taken.id)}/{file.name}", "wb") as made:
+            made.write(data[: file.size])
+            os.fchmod(made.fileno(), 0o444)
+    return taken
+
+
 @pytest.mark.parametrize("socket", [canonical.CONSOLE_SOCKET, "/var/lib/cocoon/run/x/console.sock"])
 def test_a_configuration_is_shared_unless_it_is_another_hosts(store, tree, socket):
     config = {"serial": {"mode": "Socket", "socket": socket}, "console": {"mode": "Off"}, "x": 1}
-    data = json.dumps(config).encode()
-    files = (SnapshotFile("config.json", len(data)),)
-    taken = dataclasses.replace(SNAPSHOT, hypervisor="cloud-hypervisor", files=files)
-    os.mkdir(store.directory(taken.id), 0o700)
-    with open(f"{store.directory(taken.id)}/config.json", "wb") as file:
-        file.write(data)
-        os.fchmod(file.fileno(), 0o444)
+    taken = described(store, config)
     store.check_config(taken)
     store.fill(taken, VM)
     own = f"{tree.directory(VM.id)}/config.json"
@@ -210,6 +217,49 @@ def test_a_configuration_is_shared_unless_it_is_another_hosts(store, tree, socke
     assert facts(own) == (0, 0o444)
     is_ours = socket == canonical.CONSOLE_SOCKET
     assert os.path.samefile(own, f"{store.directory(taken.id)}/config.json") == is_ours
+
+
+def test_a_vm_with_cpus_of_its_own_has_a_configuration_of_its_own(store, tree):
+    serial = {"mode": "Socket", "socket": canonical.CONSOLE_SOCKET}
+    disk = {"id": "cow", "path": f"{canonical.VM}/cow.raw"}
+    config = {"serial": serial, "console": {"mode": "Off"}, "disks": [disk]}
+    taken = described(store, config)
+    kept = f"{store.directory(taken.id)}/config.json"
+    tied = dataclasses.replace(VM.config, queue_affinity=((1,),))
+    for vm in (dataclasses.replace(VM, config=tied), VM):
+        store.fill(taken, vm)
+        own = f"{tree.directory(VM.id)}/config.json"
+        with open(own) as file:
+            (loaded,) = json.load(file)["disks"]
+        assert facts(own) == (0, 0o444)
+        if vm is VM:
+            assert os.path.samefile(own, kept)
+        else:
+            assert loaded == disk | {"queue_affinity": [{"queue_index": 0, "host_cpus": [1]}]}
+        store.stage_restore(taken, vm)
+        with open(f"{tree.directory(VM.id)}.new/config.json") as file:
+            assert json.load(file)["disks"] == [loaded]
+    with open(kept) as file:
+        assert json.load(file) == config
+
+
+def test_what_a_snapshot_is_published_with_ties_nobody(store, tree):
+    store.begin(SNAPSHOT.id)
+    disk = {"id": "cow", "later": 2.5}
+    tied = disk | {"queue_affinity": [{"queue_index": 0, "host_cpus": [1]}]}
+    store.write(SNAPSHOT.id, "config.json", json.dumps({"x": [1], "disks": [tied]}).encode())
+    store.untie(SNAPSHOT.id)
+    written = store.read_staged(SNAPSHOT.id, "config.json")
+    assert json.loads(written) == {"x": [1], "disks": [disk]}
+    assert facts(f"{store.staging(SNAPSHOT.id)}/config.json") == (0, 0o444)
+
+
+@pytest.mark.parametrize("data", [b"{", b'{"x": "' + b"x" * MIB + b'"}'], ids=["half", "huge"])
+def test_what_is_no_configuration_makes_no_snapshot(store, tree, data):
+    store.begin(SNAPSHOT.id)
+    store.write(SNAPSHOT.id, "config.json", data)
+    with pytest.raises(Damaged):
+        store.untie(SNAPSHOT.id)
 
 
 def test_an_exchange_can_be_repeated_and_undone(store, vm_directory, snapshot):

@@ -16,6 +16,7 @@ from described_vmm import CREATED, EMPTY, PAUSED, RUNNING, VMMS, Refusal
 
 import agent.vmm
 from agent.model import canonical
+from agent.model.config import VmConfig
 from agent.model.disks import Drive
 from agent.model.errors import Failed, TimedOut
 from agent.model.size import MIB
@@ -51,7 +52,7 @@ DISK = Drive(f"{canonical.VM}/data-d.raw")
 CHANGES = {
     "set_cpus": (3,),
     "set_memory": (192 * MIB,),
-    "add_disk": (DISK, 2),
+    "add_disk": (DISK, VmConfig(cpu=2, queue_affinity=((1,), (0, 2)))),
     "remove_disk": (DISK,),
 }
 """What changes the hardware of a guest, where that can be."""
