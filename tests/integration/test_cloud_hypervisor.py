@@ -1,5 +1,6 @@
 """The life of a VM on a real Cloud Hypervisor, where there is one on PATH."""
 
+import contextlib
 import errno
 import http.client
 import json
@@ -123,6 +124,119 @@ def test_what_it_cannot_do_is_said_before_anything_starts(make_vm):
     assert vm.state == "created"
 
 
+def ask(api: Path, method: str, command: str, body: Any = None) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("localhost")
+    connection.sock = socket.socket(socket.AF_UNIX)
+    connection.sock.connect(str(api))
+    connection.request(method, f"/api/v1/{command}", json.dumps(body) if body else None)
+    answer = connection.getresponse()
+    content = answer.read()
+    connection.close()
+    return answer.status, content
+
+
+def ready(vm: Any, until: Any, count: int) -> None:
+    """Let the guest make queues of its disks ready, which the VMM has a thread for from then on."""
+    vm.wait_counting()
+    vm.write("console", "d")
+    until(lambda: f"{count} queues" in vm.read("console"))
+
+
+def allowed(task: Path) -> str:
+    """The CPUs that a thread or a process may run on."""
+    status = (task / "status").read_text()
+    return re.search(r"\nCpus_allowed_list:\s*(\S+)\n", status)[1]
+
+
+def served(vm: Any) -> dict[str, str]:
+    """The same of the threads for queues of disks, by name."""
+    found = {}
+    for task in Path(f"/proc/{vm.pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            found[(task / "comm").read_text().strip()] = allowed(task)
+    return {name: cpus for name, cpus in found.items() if "_q" in name}
+
+
+def in_configuration(agent: Any, vm: Any) -> bool:
+    """Whether queues are tied in what the VM's process was loaded from."""
+    return "queue_affinity" in (agent.root_dir / "vms" / vm.read("id") / "config.json").read_text()
+
+
+def test_queues_are_tied_to_the_cpus_that_their_vm_names(agent, make_vm, vm_name, tmp_path, until):
+    vm = make_vm(
+        hypervisor="cloud-hypervisor",
+        cpu=2,
+        storage="8M",
+        queue_affinity=[[1], [0]],
+        stop_timeout=1,
+    )
+    vm.verb("start")
+    ready(vm, until, 2)
+    until(lambda: served(vm) == {"cow_q0": "1", "cow_q1": "0"})
+    with refused(errno.EBUSY):
+        vm.write("queue_affinity", "[]")
+    # The guest cannot reach a disk that comes later, but the VMM says how it will serve it.
+    vm.write("disks", '[{"name": "later", "size": "1M"}]')
+    _, content = ask(Path(f"/run/cocoon/{vm.read('id')}/sock/api"), "GET", "vm.info")
+    tie = [{"queue_index": 0, "host_cpus": [1]}, {"queue_index": 1, "host_cpus": [0]}]
+    disks = json.loads(content)["config"]["disks"]
+    assert [(disk["id"], disk["queue_affinity"]) for disk in disks] == [
+        ("cow", tie),
+        ("data-later", tie),
+    ]
+    name = vm_name()
+    vm.write("snapshot", name)
+    taken = extract(archive(agent, name), tmp_path)["config.json"].read_text()
+    assert "data-later" in taken
+    assert "queue_affinity" not in taken
+    bare = {"hypervisor": None, "memory": None, "boot": None, "stop_timeout": 1}
+    free, tied = (make_vm(**bare) for _ in range(2))
+    for clone in (free, tied):
+        clone.write("from", name)
+    tied.write("queue_affinity", "[[0], [1]]")
+    for clone in (free, tied):
+        clone.verb("start")
+    until(lambda: served(tied) == {"cow_q0": "0", "cow_q1": "1"})
+    anywhere = allowed(Path(f"/proc/{free.pid}"))
+    until(lambda: served(free) == {"cow_q0": anywhere, "cow_q1": anywhere})
+    assert [in_configuration(agent, clone) for clone in (free, tied)] == [False, True]
+    vm.write("restore", name)
+    until(lambda: served(vm) == {"cow_q0": "1", "cow_q1": "0"})
+    # Booted from its own disks, the clone has its own tie too, and with a disk more.
+    tied.verb("stop")
+    tied.verb("start")
+    ready(tied, until, 4)
+    names = ["cow_q0", "cow_q1", "data-later_q0", "data-later_q1"]
+    until(lambda: served(tied) == dict(zip(names, ["0", "1"] * 2, strict=True)))
+    archive(agent, name).unlink()
+
+
+def test_a_cpu_that_is_not_here_is_refused_before_anything_starts(agent, make_vm, vm_name):
+    vm = make_vm(hypervisor="cloud-hypervisor", storage="8M", queue_affinity=[[1023]])
+    with refused(errno.EINVAL):
+        vm.verb("start")
+    assert "CPU 1023, which this host does not have" in vm.read("error")
+    assert vm.state == "created"
+    vm.write("queue_affinity", "[[0]]")
+    vm.verb("start")
+    name = vm_name()
+    vm.write("snapshot", name)
+    vm.verb("kill")
+    vm.write("queue_affinity", "[[1023]]")
+    with refused(errno.EINVAL):
+        vm.write("restore", name)
+    assert vm.state == "stopped"
+    clone = make_vm(hypervisor=None, memory=None, boot=None)
+    clone.write("from", name)
+    clone.write("queue_affinity", "[[1023]]")
+    with refused(errno.EINVAL):
+        clone.verb("start")
+    clone.write("queue_affinity", "[]")
+    clone.verb("start")
+    clone.wait_counting()
+    archive(agent, name).unlink()
+
+
 def test_a_clone_can_be_snapshot_before_its_memory_is_loaded(agent, make_vm, vm_name):
     source = make_vm(hypervisor="cloud-hypervisor", memory="512M")
     source.verb("start")
@@ -154,13 +268,8 @@ SAVE = ("vm.snapshot", {"destination_url": f"file://{ELSEWHERE}"})
 
 
 def put(api: Path, command: str, body: Any) -> None:
-    connection = http.client.HTTPConnection("localhost")
-    connection.sock = socket.socket(socket.AF_UNIX)
-    connection.sock.connect(str(api))
-    connection.request("PUT", f"/api/v1/{command}", json.dumps(body) if body else None)
-    answer = connection.getresponse()
-    assert answer.status == 204, answer.read()
-    connection.close()
+    status, content = ask(api, "PUT", command, body)
+    assert status == 204, content
 
 
 @pytest.fixture

@@ -106,6 +106,9 @@ def test_eopnotsupp_for_what_no_backend_does(agent, make_vm):
     vm.write("boot", '{"firmware": "firmware.fd"}')
     with refuses(vm, agent, errno.EOPNOTSUPP, "qemu can"):
         vm.verb("start")
+    tied = make_vm(hypervisor="firecracker", queue_affinity=[[0]])
+    with refuses(tied, agent, errno.EOPNOTSUPP, "cloud-hypervisor does"):
+        tied.verb("start")
 
 
 def test_enoexec_for_a_file_of_an_unknown_format(agent, make_vm, tmp_path):

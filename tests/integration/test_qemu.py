@@ -408,6 +408,7 @@ def test_a_vmm_that_dies_while_it_saves_leaves_no_snapshot(agent, make_vm, name,
     [
         ({"track_dirty": True}, "track_dirty"),
         ({"max_memory": "512M"}, "max_memory"),
+        ({"queue_affinity": [[0]]}, "cloud-hypervisor does"),
         ({"boot": {"firmware": "/bin/true"}}, "cloud-hypervisor can"),
     ],
 )
