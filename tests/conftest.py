@@ -4,11 +4,14 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import hypothesis
 import pytest
 
 T = TypeVar("T")
 
 SAMPLED_SHARE = 10
+EXAMPLES = {"long": 1000, "usual": 100, "brief": 30}
+"""Of each property that hypothesis tries."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,6 +25,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.seed is None:
         config.option.seed = random.SystemRandom().randrange(2**32)
+    mode = "long" if config.option.long else "brief" if config.option.brief else "usual"
+    hypothesis.settings.register_profile("ours", max_examples=EXAMPLES[mode], deadline=None)
+    hypothesis.settings.load_profile("ours")
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -176,7 +176,7 @@ LEAF = st.one_of(
 )
 VALUE = LEAF | st.lists(LEAF, max_size=2) | st.dictionaries(st.text(max_size=5), LEAF, max_size=2)
 UNKNOWN = st.dictionaries(st.sampled_from(["x", "later", "disk", "Mode", ""]), VALUE, max_size=2)
-slowly = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+slowly = settings(suppress_health_check=[HealthCheck.too_slow])
 
 
 @slowly

@@ -224,7 +224,7 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.dictionaries(st.text(), json_values) | st.lists(json_values),
     st.lists(st.integers(0, 400)),

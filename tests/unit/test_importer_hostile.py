@@ -112,11 +112,7 @@ def mutated(draw):
 archives = st.one_of(built, mutated(), built.map(gzip.compress), st.binary(max_size=2000))
 
 
-@settings(
-    max_examples=400,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(archives, st.lists(st.integers(1, 3000), min_size=1, max_size=8), st.booleans())
 def test_an_import_of_anything_stays_in_staging_and_leaves_nothing_behind(archive, sizes, holes):
     with tempfile.TemporaryDirectory() as parent:

@@ -6,7 +6,7 @@ import textwrap
 from contextlib import suppress
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kernels import INTERPRETER, PACKERS, REFUSED, make_bzimage, make_elf, make_payload
 
@@ -159,7 +159,6 @@ def test_something_packed_that_is_no_elf_is_refused():
         unpack(make_bzimage(make_payload("gzip", b"MZ" + bytes(1000))))
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     packing=st.sampled_from([*PACKERS, "none"]),
     edits=st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=8)), max_size=5),
@@ -178,7 +177,6 @@ def test_whatever_is_changed_nothing_but_a_refusal_comes(images, packing, edits,
                 assert isinstance(piece, bytes)
 
 
-@settings(deadline=None, max_examples=100)
 @given(st.sampled_from(["gunzip", "unxz", "unzstd", "unlz4_legacy"]), st.binary(max_size=200))
 def test_no_garbage_makes_a_decompressor_do_more_than_refuse(name, data):
     starts = {"gunzip": b"\x1f\x8b\x08", "unxz": b"\xfd7zXZ\x00", "unzstd": b"\x28\xb5\x2f\xfd"}
