@@ -4,9 +4,11 @@ The socket is a descriptor, so that a VMM that swaps its path for a link gains n
 back is bounded in time and size, and reaches people only as one printable line.
 """
 
+import array
 import json
 import socket
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import h11
@@ -26,6 +28,7 @@ _LONGEST_MESSAGE = 500
 _READ_SIZE = 64 << 10
 _LISTENS_WITHIN = 0.25  # seconds
 _LISTEN_STEP = 0.001
+_DESCRIPTORS = "descriptors"
 
 
 class HttpApi:
@@ -40,8 +43,18 @@ class HttpApi:
         self._transport = _UnixTransport(f"/proc/self/fd/{socket}", name)
         self._name = name
 
-    async def call(self, method: str, path: str, body: Any = None, *, timeout: float) -> Any:
+    async def call(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        descriptors: Sequence[int] = (),
+        timeout: float,
+    ) -> Any:
         """Return the JSON that the VMM replies with, or None when it replies with nothing.
+
+        With the request it gets copies of `descriptors` (SCM_RIGHTS of unix(7), at most 253).
 
         Raises Failed with the VMM's own message when it refuses, or when it is gone, and TimedOut
         after `timeout` seconds.
@@ -52,6 +65,7 @@ class HttpApi:
             f"http://localhost{path}",
             headers={"Accept": "application/json", "Content-Type": "application/json"},
             content=b"" if body is None else json.dumps(body).encode(),
+            extensions={_DESCRIPTORS: descriptors},
         )
         try:
             with trio.fail_after(timeout):
@@ -119,6 +133,9 @@ class _UnixTransport(httpx.AsyncBaseTransport):
         )
         events = (head, h11.Data(data=request.content), h11.EndOfMessage())
         unsent = memoryview(b"".join(protocol.send(event) or b"" for event in events))
+        if descriptors := request.extensions[_DESCRIPTORS]:
+            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
+            unsent = unsent[await connection.sendmsg([unsent], [rights]) :]
         while unsent:
             unsent = unsent[await connection.send(unsent) :]
         status, content = 0, bytearray()

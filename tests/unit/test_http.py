@@ -1,3 +1,4 @@
+import array
 import json
 import os
 import socket
@@ -101,6 +102,31 @@ async def test_the_body_is_sent_as_json_with_its_length(serve, api):
     assert head.startswith(b"PUT /actions HTTP/1.1\r\n")
     assert f"content-length: {len(body)}".encode() in head.lower()
     assert json.loads(body) == {"action_type": "SendCtrlAltDel"}
+
+
+async def test_descriptors_arrive_with_the_request(path, api):
+    with trio.socket.socket(socket.AF_UNIX) as listener, open(os.devnull) as null:
+        await listener.bind(path)
+        listener.listen()
+
+        async def call():
+            descriptors = [null.fileno()] * 253
+            await api().call("PUT", "/x", {"a": 1}, descriptors=descriptors, timeout=5)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(call)
+            connection, _ = await listener.accept()
+            with connection:
+                data, ancillary, *_ = await connection.recvmsg(4096, socket.CMSG_SPACE(4 * 253))
+                await connection.send(reply(204))
+    ((level, kind, rights),) = ancillary
+    received = array.array("i", rights)
+    assert {os.readlink(f"/proc/self/fd/{number}") for number in received} == {os.devnull}
+    for number in received:
+        os.close(number)
+    assert (level, kind, len(received)) == (socket.SOL_SOCKET, socket.SCM_RIGHTS, 253)
+    assert data.startswith(b"PUT /x ")
+    assert data.endswith(b'{"a": 1}')
 
 
 async def test_calls_one_after_another_do_not_depend_on_each_other(serve, api):
