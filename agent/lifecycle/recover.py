@@ -135,10 +135,10 @@ async def _go_on_as_before(services: Services, vm: Vm) -> None:
 
 
 async def _runs(services: Services, vm: Vm) -> bool:
-    """Whether the VMM has loaded its guest."""
+    """Whether the VMM has loaded its guest and let it go on, which is the last that is done."""
     try:
         async with connected(services, vm) as vmm:
-            return await vmm.state(timeout=_ASK_LIMIT) is not VmmState.EMPTY
+            return await vmm.state(timeout=_ASK_LIMIT) is VmmState.RUNNING
     except CocoonError as error:
         _log.warning("VM %s does not say whether its guest runs: %s", vm.name, error)
         return False
