@@ -8,6 +8,7 @@ usage: described_vmm.py NAME SOCKET STATE
 As a program it says `serving`, then `asked` at each request, and never answers any.
 """
 
+import array
 import json
 import os
 import socket
@@ -101,6 +102,7 @@ class DescribedVmm:
     """A VMM in `state`; `requests` has what it took: method, path and body of each.
 
     With `refusal` each request gets that one. Replies go out through `send`, which a test replaces.
+    `descriptors` is how many came with the last request.
     """
 
     rules: dict[str, dict[str, str | Refusal]]
@@ -111,6 +113,7 @@ class DescribedVmm:
         self.state = state
         self.requests = []
         self.refusal = None
+        self.descriptors = 0
 
     @asynccontextmanager
     async def serving(self, path):
@@ -167,11 +170,11 @@ class DescribedVmm:
     async def _converse(self, stream):
         async with stream:
             protocol = h11.Connection(h11.SERVER)
-            request, body = None, b""
+            request, body, self.descriptors = None, b"", 0
             while not isinstance(event := protocol.next_event(), h11.EndOfMessage):
                 match event:
                     case h11.NEED_DATA:
-                        protocol.receive_data(await stream.receive_some())
+                        protocol.receive_data(await self._receive(stream.socket))
                     case h11.Request():
                         request = event
                     case h11.Data(data=data):
@@ -188,6 +191,15 @@ class DescribedVmm:
                 h11.EndOfMessage(),
             )
             await self.send(stream, b"".join(protocol.send(part) for part in parts))
+
+    async def _receive(self, connection):
+        data, ancillary, *_ = await connection.recvmsg(65536, socket.CMSG_SPACE(4 * 253))
+        for _, _, rights in ancillary:
+            descriptors = array.array("i", rights)
+            self.descriptors += len(descriptors)
+            for descriptor in descriptors:
+                os.close(descriptor)
+        return data
 
 
 EMPTY, CREATED, RUNNING, PAUSED = "Not started", "Created", "Running", "Paused"
@@ -264,7 +276,7 @@ _PAUSE, _RESUME = "The VM could not be paused", "The VM could not resume"
 _SNAPSHOT, _BOOT = "The VM could not be snapshotted", "The VM could not boot"
 _RESIZE, _ADD = "The VM could not be resized", "The disk could not be added to the VM"
 _REMOVE = "The device could not be removed from the VM"
-
+_THERE = _refused(500, "The VM could not be restored", "VM is already created")
 
 CLOUD_HYPERVISOR_RULES = {
     "/vm.info": _created("The VM info is not available"),
@@ -307,6 +319,7 @@ CLOUD_HYPERVISOR_RULES = {
         ),
         PAUSED,
     ),
+    "/vm.restore": {EMPTY: PAUSED, CREATED: _THERE, RUNNING: _THERE, PAUSED: _THERE},
     "/vm.power-button": _booted("Error triggering power button", RUNNING, PAUSED),
     "/vm.shutdown": _booted("The VM could not shutdown", CREATED, CREATED),
     "/vm.resize": _created(_RESIZE),
@@ -330,9 +343,14 @@ class DescribedCloudHypervisor(DescribedVmm):
             "memory": {"size": 64 << 20, "hotplug_size": hotplug},
             "payload": {"kernel": "/kernel"},
             "disks": [],
+            "net": [],
         }
         if balloon:
             self.config["balloon"] = {"size": balloon}
+        # Of vmm/src/config.rs, and not described.
+        counted = {"properties": {"id": {"type": "string"}, "num_fds": {"type": "integer"}}}
+        restore = self.description.schemas["RestoreConfig"]["properties"]
+        restore["net_fds"] = _closed({"type": "array", "items": counted})
         self.boot()
 
     def boot(self):
@@ -340,18 +358,20 @@ class DescribedCloudHypervisor(DescribedVmm):
         self.cpus = self.config["cpus"]["boot_vcpus"]
         self.owes_cpus = False
         self.memory = self.config["memory"]["size"]
-        self.devices = {disk["id"]: {"id": disk["id"]} for disk in self.config["disks"]}
+        self.devices = {name: {"id": name} for name in self._configured()}
 
     def let_go(self):
         """Have the guest let go of all that it was asked for."""
         self.cpus = min(self.cpus, self.config["cpus"]["boot_vcpus"])
         self.owes_cpus = False
-        kept = {disk["id"] for disk in self.config["disks"]}
+        kept = self._configured()
         self.devices = {name: about for name, about in self.devices.items() if name in kept}
 
     def act(self, path, body):
         if path == "/vmm.ping":
             return {"version": "53.0.0"}
+        if sum(nic["num_fds"] for nic in body.get("net_fds", ())) != self.descriptors:
+            raise Refusal(400, ("Bad Request",))
         self.step(path)
         match path:
             case "/vm.info":
@@ -359,6 +379,8 @@ class DescribedCloudHypervisor(DescribedVmm):
                 return info if self.state == CREATED else info | {"device_tree": self.devices}
             case "/vm.boot":
                 self.boot()
+            case "/vm.restore":
+                self._restore(**body)
             case "/vm.resize":
                 self._resize(**body)
             case "/vm.add-disk":
@@ -369,6 +391,17 @@ class DescribedCloudHypervisor(DescribedVmm):
 
     def show(self, words):
         return list(words)
+
+    def _configured(self):
+        return {device["id"] for key in ("disks", "net") for device in self.config[key]}
+
+    def _restore(self, net_fds=(), resume=False, **more):
+        self.config["net"] = [
+            {"id": nic["id"], "num_queues": 2 * nic["num_fds"]} for nic in net_fds
+        ]
+        self.boot()
+        if resume:
+            self.step("/vm.resume")
 
     def _resize(self, desired_vcpus=None, desired_ram=None, desired_balloon=None):
         cpus, memory = self.config["cpus"], self.config["memory"]
@@ -417,13 +450,13 @@ class DescribedCloudHypervisor(DescribedVmm):
         return {"id": disk["id"], "bdf": f"0000:00:{len(self.devices) + 2:02x}.0"}
 
     def _remove(self, name):
-        disks = [disk for disk in self.config["disks"] if disk["id"] != name]
-        if len(disks) == len(self.config["disks"]):
+        if name not in self._configured():
             if self.state == CREATED:
                 raise _refused(500, _REMOVE, f'No device with id "{name}" to remove')
             words = f"Failed to find device corresponding to the given identifier: {name}"
             raise _refused(500, _REMOVE, "Error from device manager", words)
-        self.config["disks"] = disks
+        for key in ("disks", "net"):
+            self.config[key] = [device for device in self.config[key] if device["id"] != name]
 
 
 VMMS = {

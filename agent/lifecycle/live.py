@@ -149,9 +149,11 @@ async def settle(services: Services, vm_id: str) -> None:
 
 
 async def check_settled(services: Services, vm_id: str) -> None:
-    """Raise Busy for a VM whose guest has not let go of a disk: no snapshot of it could be loaded.
+    """Raise Busy for a VM whose guest has not let go of a disk or of a network interface.
 
-    What the guest let go of later than it had time to is recorded first. In the VM's turn.
+    No snapshot with such a disk could be loaded, and from one with such an interface a guest would
+    go on without it, and without having let go. What the guest let go of later than it had time to
+    is recorded first. In the VM's turn.
     """
     await settle(services, vm_id)
     vm = services.vm(vm_id)
@@ -159,6 +161,12 @@ async def check_settled(services: Services, vm_id: str) -> None:
         if vmm.live is None:
             return
         now = await _look(vmm.live, vm, vm.config)
+        nics = await vmm.live.leaving_nics()
+    if nics:
+        raise Busy(
+            f"the guest of VM {vm.name} has not let go of {' and '.join(nics)}, which came with "
+            "its snapshot and no VM has here: try again once it has, or stop and start the VM"
+        )
     for name, drive in own_disks(vm.config).items():
         if drive not in now.disks - now.leaving:
             raise Busy(

@@ -74,7 +74,8 @@ async def _stage(services: Services, vm: Vm, snapshot: Snapshot) -> None:
             f"snapshot {snapshot.name} has {snapshot.cpu} CPUs, this host {services.host_cpus}"
         )
     check_queue_cpus(vm.name, vm.config)
-    await plan_launch(services.drivers, restored(services, vm, snapshot), loads=True)
+    planned = restored(services, vm, snapshot)
+    await plan_launch(services.drivers, planned, loads=True, nics=snapshot.nics)
     tree, store = services.tree, services.snapshots
     await tree.in_thread("storing a kernel", store.store_boot, snapshot)
     await tree.in_thread(f"staging snapshot {snapshot.name}", store.stage_restore, snapshot, vm)

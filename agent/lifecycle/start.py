@@ -87,9 +87,12 @@ async def recollect(services: Services, vm_id: str) -> Vm:
 
 
 async def plan_launch(
-    by_name: Mapping[str, Driver], vm: Vm, *, loads: bool = False
+    by_name: Mapping[str, Driver], vm: Vm, *, loads: bool = False, nics: int = 0
 ) -> tuple[Vm, LaunchPlan]:
-    """Return `vm` with its backend chosen, and what to launch; Unsupported says why not."""
+    """Return `vm` with its backend chosen, and what to launch; Unsupported says why not.
+
+    With `loads` it goes on from a snapshot, whose guest has so many `nics`.
+    """
     if vm.config.hypervisor != "auto":
         driver = by_name.get(vm.config.hypervisor)
         if driver is None:
@@ -97,23 +100,28 @@ async def plan_launch(
                 f"this version of the agent has no backend {vm.config.hypervisor}: "
                 f"set hypervisor to one of {', '.join(by_name)}"
             )
-        return _planned(by_name, vm, driver, await driver.version(), loads)
+        return _planned(by_name, vm, driver, await driver.version(), loads, nics)
     drivers = [by_name[name] for name in HYPERVISORS if name in by_name]
     obstacles = {driver.name: await driver.obstacle() for driver in drivers}
     reasons = []
     # Those that most guests would fail on come last, and better than nothing.
     for driver in sorted(drivers, key=lambda driver: bool(obstacles[driver.name])):
         try:
-            return _planned(by_name, vm, driver, await driver.version(), loads)
+            return _planned(by_name, vm, driver, await driver.version(), loads, nics)
         except CocoonError as error:
             reasons.append(f"{driver.name}: {error}")
     raise Unsupported(f"no backend of this host can run VM {vm.name}: {'; '.join(reasons)}")
 
 
 def _planned(
-    by_name: Mapping[str, Driver], vm: Vm, driver: Driver, version: Version, loads: bool
+    by_name: Mapping[str, Driver], vm: Vm, driver: Driver, version: Version, loads: bool, nics: int
 ) -> tuple[Vm, LaunchPlan]:
     _check_firmware(by_name, vm, driver)
+    if nics and not driver.capabilities.live_changes:
+        raise Unsupported(
+            f"the snapshot has {nics} network interfaces, which VMs do not have here, and "
+            f"{driver.name} cannot take them out: take it again of a VM without"
+        )
     if vm.seed and not driver.capabilities.first_boot_seed:
         raise Unsupported(
             f"{driver.name} VMs get no first-boot configuration: leave out hostname, user, "
@@ -128,7 +136,7 @@ def _planned(
     vm = dataclasses.replace(
         vm, config=config, hypervisor=driver.name, hypervisor_version=version.text
     )
-    return vm, driver.plan(vm, version, loads=loads)
+    return vm, driver.plan(vm, version, loads=loads, nics=nics)
 
 
 def _check_firmware(by_name: Mapping[str, Driver], vm: Vm, driver: Driver) -> None:
@@ -173,7 +181,8 @@ async def prepare(
         vm = dataclasses.replace(vm, booted=await _store_boot_files(services, vm))
     has_seed = bool(vm.seed)
     vm = with_seed(vm, loading)
-    vm, plan = await plan_launch(services.drivers, vm, loads=loading is not None)
+    nics = loading.snapshot.nics if loading else 0
+    vm, plan = await plan_launch(services.drivers, vm, loads=loading is not None, nics=nics)
     binds = (*plan.binds, *await _boot_binds(services, vm), *_base_binds(vm, base))
     plan = dataclasses.replace(plan, binds=binds)
     if loading is not None:
@@ -305,7 +314,7 @@ async def launch(
         unit = await services.units.started_state(vm)
         if unit is None or not unit.main_pid:
             raise await _failure(services, vm, "it ended")
-        await _wait_until_running(services, vm, unit.main_pid, loading)
+        await _wait_until_running(services, vm, plan, unit.main_pid, loading)
         if loading is not None:
             step(f"{loading.reason}:loaded")
             await loaded(services, vm, plan, loading, unit.main_pid)
@@ -363,13 +372,14 @@ def _restartable(vm: Vm, plan: LaunchPlan) -> Vm:
 
 
 async def _wait_until_running(
-    services: Services, vm: Vm, pid: int, loading: Loading | None = None
+    services: Services, vm: Vm, plan: LaunchPlan, pid: int, loading: Loading | None
 ) -> None:
     """Wait until the VMM answers that its guest runs; raise Failed when it ends instead."""
     driver = services.drivers[vm.hypervisor]
+    is_empty = loading is not None and not plan.load_arguments
     began = trio.current_time()
     async with _process(pid) as ended:
-        while not (services.tree.has_socket(vm) and driver.answers(pid, loads=loading is not None)):
+        while not (services.tree.has_socket(vm) and driver.answers(pid, loads=is_empty)):
             # Looks follow each other by a fixed part of the time gone by: a start that takes 20 ms
             # is seen within 2, and 64 starts at once that take a second each cost next to nothing.
             if await ended(max(_FIRST_LOOK, (trio.current_time() - began) / 8)):
@@ -377,7 +387,7 @@ async def _wait_until_running(
     try:
         async with connected(services, vm) as vmm:
             if loading is not None:
-                await _load(vm, vmm)
+                await _load(vm, plan, vmm, loading)
                 return
             state = await vmm.state()
     except CocoonError as error:
@@ -386,10 +396,24 @@ async def _wait_until_running(
         raise await _failure(services, vm, "its guest does not run")
 
 
-async def _load(vm: Vm, vmm: Vmm) -> None:
+async def _load(vm: Vm, plan: LaunchPlan, vmm: Vmm, loading: Loading) -> None:
     files = STATE_FILES[vm.hypervisor]
     state, memory = (f"{canonical.VM}/{name}" for name in (files.state, files.memory))
-    await vmm.load(state, memory, track_dirty=vm.config.track_dirty)
+    replaces_nics = loading.snapshot.nics > 0
+    await vmm.load(
+        state,
+        memory,
+        track_dirty=vm.config.track_dirty,
+        restore_mode=plan.restore_mode,
+        resume=not replaces_nics,
+    )
+    if replaces_nics:
+        step(f"{loading.reason}:paused")
+        assert vmm.live is not None
+        # They are connected to nothing. VMs have no networks yet: nothing takes their place.
+        await vmm.live.remove_nics()
+        step(f"{loading.reason}:unplugged")
+        await vmm.resume()
 
 
 @asynccontextmanager

@@ -6,6 +6,8 @@ paths are canonical already. The guest must not notice the change: devices stay 
 
 import json
 import posixpath
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from . import canonical
@@ -14,7 +16,6 @@ from .errors import Damaged, Missing, Unsupported
 from .snapshot import CH_CONFIG, Snapshot, is_disk, load_object
 
 _ABSENT = {
-    "net": "network interfaces",
     "fs": "shared directories",
     "pmem": "persistent memory",
     "vsock": "a vsock",
@@ -34,6 +35,17 @@ _PAYLOAD = {
     "firmware": canonical.FIRMWARE,
 }
 _RANDOM = "/dev/urandom"
+_HOST_SIDE = ("tap", "ip", "mask", "host_mac", "mtu")
+"""What a network interface says of the TAP behind it; the guest's side is in the VMM's state."""
+_MOST_QUEUE_PAIRS = 253  # SCM_MAX_FD, include/net/scm.h: descriptors that one message carries
+
+
+@dataclass(frozen=True, slots=True)
+class Nic:
+    """A network interface: what Cloud Hypervisor calls it, and how many pairs of queues it has."""
+
+    id: str
+    queue_pairs: int
 
 
 def localised(data: bytes, snapshot: Snapshot, affinity: QueueAffinity = ()) -> bytes:
@@ -51,6 +63,7 @@ def localised(data: bytes, snapshot: Snapshot, affinity: QueueAffinity = ()) -> 
     for disk in _objects(config, "disks"):
         _localise_disk(disk, snapshot)
         _tie(disk, affinity)
+    _localise_nics(config, snapshot)
     payload = _object(config, "payload")
     if payload.get("igvm"):
         raise _unsupported(snapshot, "an IGVM file", "payload")
@@ -59,6 +72,11 @@ def localised(data: bytes, snapshot: Snapshot, affinity: QueueAffinity = ()) -> 
     _localise_resources(config, snapshot)
     after = json.dumps(config)
     return data if after == before else after.encode()
+
+
+def nics(data: bytes) -> tuple[Nic, ...]:
+    """Return the network interfaces in `data`, the content of a `config.json`, or raise Damaged."""
+    return _nics(_objects(load_object(data, CH_CONFIG), "net"))
 
 
 def untied(data: bytes) -> bytes:
@@ -100,6 +118,40 @@ def _localise_disk(disk: dict[str, Any], snapshot: Snapshot) -> None:
             f"snapshot {snapshot.name} needs the disk {path[:120]!r}, which did not travel with "
             "it: take it again of a VM whose disks are its own"
         )
+
+
+def _localise_nics(config: dict[str, Any], snapshot: Snapshot) -> None:
+    """Have the network interfaces wait for descriptors of TAPs, a pair of queues for each."""
+    entries = _objects(config, "net")
+    if len(entries) != snapshot.nics:
+        raise Damaged(
+            f"snapshot {snapshot.name} is recorded with {snapshot.nics} network interfaces and has "
+            f"{len(entries)}: import it again"
+        )
+    for entry, nic in zip(entries, _nics(entries), strict=True):
+        if entry.get("vhost_user") or entry.get("vhost_socket"):
+            raise _unsupported(snapshot, "a network interface of another process", "net")
+        for key in _HOST_SIDE:
+            entry.pop(key, None)
+        entry["fds"] = [-1] * nic.queue_pairs
+
+
+def _nics(entries: Iterable[dict[str, Any]]) -> tuple[Nic, ...]:
+    found = tuple(_nic(entry) for entry in entries)
+    if len({nic.id for nic in found}) < len(found):
+        raise Damaged(f"{CH_CONFIG}: two network interfaces have the same id")
+    if sum(nic.queue_pairs for nic in found) > _MOST_QUEUE_PAIRS:
+        raise Damaged(
+            f"{CH_CONFIG}: network interfaces have more than {_MOST_QUEUE_PAIRS} pairs of queues"
+        )
+    return found
+
+
+def _nic(entry: dict[str, Any]) -> Nic:
+    match entry:
+        case {"id": str(name), "num_queues": int(queues)} if name and queues >= 2:
+            return Nic(name, queues // 2)
+    raise Damaged(f"{CH_CONFIG}: a network interface has no id or no queues")
 
 
 def _localise_consoles(config: dict[str, Any]) -> None:

@@ -37,6 +37,7 @@ _READ_LIMITS: Mapping[str, int] = {SIDECAR: MIB, CH_CONFIG: MIB, VMSTATE: 16 * M
 
 _OWN_DISKS = ("cow.raw", "overlay.qcow2")
 _MOST_DISKS = 256
+_MOST_NICS = 256
 _MOST_PATHS = 8
 _PATH_LENGTH = 4095
 
@@ -52,6 +53,7 @@ class Sidecar:
     boot: SnapshotBoot = field(default_factory=SnapshotBoot)
     cpu: int = 0
     memory: int = 0
+    nics: int = 0
 
 
 def show_sidecar(sidecar: Sidecar) -> bytes:
@@ -125,6 +127,7 @@ def parse_ch_config(data: bytes) -> Sidecar:
         boot=_checked_boot(payload, CH_CONFIG, "kernel", "initramfs", "firmware"),
         cpu=cpus.whole("boot_vcpus"),
         memory=memory.whole("size"),
+        nics=len(fields.objects("net", _MOST_NICS)),
     )
 
 
@@ -176,16 +179,19 @@ def complete(
 
     sidecar = parse_sidecar(document(SIDECAR)) if SIDECAR in by_name else Sidecar()
     state_paths: tuple[str, ...] = ()
+    nics = draft.nics
     if draft.hypervisor == "firecracker":
         state_paths = vmstate_paths(document(VMSTATE))
     elif draft.hypervisor == "cloud-hypervisor":
         config = parse_ch_config(document(CH_CONFIG))
         state_paths = tuple(disk.path for disk in config.disks)
+        nics = config.nics
         sidecar = sidecar if SIDECAR in by_name else config
     snapshot = dataclasses.replace(
         draft,
         cpu=draft.cpu or sidecar.cpu,
         memory=draft.memory or sidecar.memory,
+        nics=nics,
         disks=sidecar.disks,
         boot=sidecar.boot,
         binds=_binds(sidecar.disks, state_paths, by_name),

@@ -1,7 +1,8 @@
 """Cloud Hypervisor: its command line and its API.
 
-One command boots a guest, another one loads it; the API is for what comes afterwards. Bodies and
-answers are those of vmm/src/api/openapi/cloud-hypervisor.yaml, options those of vmm/src/config.rs.
+One command boots a guest, another one loads it; the API is for what comes afterwards, and loads a
+guest with network interfaces, whose TAPs are handed over. Bodies and answers are those of
+vmm/src/api/openapi/cloud-hypervisor.yaml, options those of vmm/src/config.rs.
 """
 
 import json
@@ -11,7 +12,10 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+import trio
+
 from agent.model import canonical
+from agent.model.ch_config import Nic
 from agent.model.config import VmConfig
 from agent.model.disks import drives, host_disk_binds
 from agent.model.errors import Damaged, Failed, Invalid, Unsupported
@@ -19,8 +23,8 @@ from agent.model.launch import LaunchPlan
 from agent.model.size import MIB
 from agent.model.vm import FirmwareFormat, Vm
 
-from . import userfault
-from .cloud_hypervisor_hardware import API, VCPU_THREAD, GuestHardware, disk_words
+from . import tap, userfault
+from .cloud_hypervisor_hardware import API, VCPU_THREAD, GuestHardware, disk_words, read_nics
 from .driver import Capabilities, Directory, Version, VmmState, last_line
 from .http import HttpApi
 from .kvm import kvm_obstacle
@@ -42,6 +46,7 @@ _LOADING_THREAD = b"uffd-handler"
 _CHAIN = "exited with the following chain of errors"
 _LINK = re.compile(r"\s*\d+: (.+)")
 _CHATTER = re.compile(r"> (WARN|INFO|DEBUG):")
+_RESTORE_MODES = {"copy": "Copy", "ondemand": "OnDemand"}
 _STATES = {
     "Created": VmmState.EMPTY,
     "Running": VmmState.RUNNING,
@@ -88,7 +93,7 @@ class CloudHypervisor:
         """Return why KVM does not run guests here; see Driver."""
         return await kvm_obstacle()
 
-    def plan(self, vm: Vm, version: Version, *, loads: bool = False) -> LaunchPlan:
+    def plan(self, vm: Vm, version: Version, *, loads: bool = False, nics: int = 0) -> LaunchPlan:
         """Return what to launch for `vm`; see Driver."""
         config = vm.config
         devices = ["/dev/kvm", _RANDOM]
@@ -99,7 +104,10 @@ class CloudHypervisor:
             if mode == "ondemand" and self._has_device():
                 devices.append(userfault.DEVICE)
             source = f"source_url=file://{canonical.VM}"
-            load_arguments = ("--restore", f"{source},memory_restore_mode={mode},resume=true")
+            if nics:
+                tap.check()
+            else:
+                load_arguments = ("--restore", f"{source},memory_restore_mode={mode},resume=true")
         boot_arguments: tuple[str, ...] = ()
         if config.boot is not None or not loads:
             boot_arguments = tuple(_boot_arguments(vm))
@@ -132,7 +140,7 @@ class CloudHypervisor:
 
         Its API is there before the guest is: the threads of the vCPUs are the last that is built.
         """
-        return has_thread(pid, VCPU_THREAD)
+        return loads or has_thread(pid, VCPU_THREAD)
 
     def is_loading(self, pid: int) -> bool:
         """Whether memory is still loaded on demand; see Driver.
@@ -156,7 +164,7 @@ class CloudHypervisor:
         self, socket: int, directory: Directory
     ) -> AsyncIterator["CloudHypervisorVmm"]:
         """Talk to a running Cloud Hypervisor; see Driver."""
-        yield CloudHypervisorVmm(HttpApi(socket, "Cloud Hypervisor"))
+        yield CloudHypervisorVmm(HttpApi(socket, "Cloud Hypervisor"), directory)
 
     def _has_device(self) -> bool:
         return userfault.device_opens() if self._device is None else self._device
@@ -181,13 +189,15 @@ class CloudHypervisor:
 class CloudHypervisorVmm:
     """A running Cloud Hypervisor; see Vmm."""
 
-    def __init__(self, api: HttpApi) -> None:
+    def __init__(self, api: HttpApi, directory: Directory) -> None:
+        """`directory` lends the VM's directory."""
         self._api = api
+        self._directory = directory
 
     @property
     def live(self) -> GuestHardware:
         """What changes the hardware of the guest; see Vmm."""
-        return GuestHardware(self._api)
+        return GuestHardware(self._api, self._directory)
 
     async def state(self, timeout: float = 10) -> VmmState:
         """Return what Cloud Hypervisor says of itself; see Vmm."""
@@ -236,15 +246,33 @@ class CloudHypervisorVmm:
         memory: str,
         *,
         track_dirty: bool = False,
+        restore_mode: str = "",
         resume: bool = True,
         timeout: float = 60,
     ) -> None:
-        """Wait until the snapshot is loaded, which the command line named; see Vmm."""
+        """Wait until the snapshot is loaded that the command line named, or load one; see Vmm."""
         found = await self.state(timeout)  # answered in turn, so after that
         if found is VmmState.EMPTY:
-            raise Failed("Cloud Hypervisor has loaded no guest")
+            nics = await trio.to_thread.run_sync(read_nics, self._directory)
+            if not nics:
+                raise Failed("Cloud Hypervisor has loaded no guest")
+            await self._restore(state, nics, restore_mode, timeout)
+            found = VmmState.PAUSED
         if resume and found is VmmState.PAUSED:
             await self.resume(timeout)
+
+    async def _restore(
+        self, state: str, nics: Sequence[Nic], restore_mode: str, timeout: float
+    ) -> None:
+        """Load a snapshot with its network interfaces connected to nothing; it stays paused."""
+        body = {
+            "source_url": f"file://{os.path.dirname(state)}",
+            "memory_restore_mode": _RESTORE_MODES[restore_mode],
+            # RestoredNetConfig of vmm/src/config.rs, which the description leaves out.
+            "net_fds": [{"id": nic.id, "num_fds": nic.queue_pairs} for nic in nics],
+        }
+        async with tap.unconnected([nic.queue_pairs for nic in nics]) as descriptors:
+            await self._put("vm.restore", body, timeout, descriptors)
 
     async def _config(self, timeout: float) -> Any:
         match await self._info(timeout):
@@ -266,8 +294,15 @@ class CloudHypervisorVmm:
     async def _get(self, path: str, timeout: float) -> Any:
         return await self._api.call("GET", f"{API}/{path}", timeout=timeout)
 
-    async def _put(self, path: str, body: Mapping[str, Any] | None, timeout: float) -> None:
-        await self._api.call("PUT", f"{API}/{path}", body, timeout=timeout)
+    async def _put(
+        self,
+        path: str,
+        body: Mapping[str, Any] | None,
+        timeout: float,
+        descriptors: Sequence[int] = (),
+    ) -> None:
+        target = f"{API}/{path}"
+        await self._api.call("PUT", target, body, descriptors=descriptors, timeout=timeout)
 
 
 def _unknown(what: str) -> Failed:

@@ -9,14 +9,17 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from agent.model.ch_config import show_affinity
+import trio
+
+from agent.model.ch_config import Nic, nics, show_affinity
 from agent.model.config import VmConfig
 from agent.model.cpus import show_cpus
 from agent.model.disks import Drive
-from agent.model.errors import Busy, Failed, Invalid, Unsupported
+from agent.model.errors import Busy, Failed, Invalid, Unsupported, from_os_error
 from agent.model.size import MIB, show_size
+from agent.model.snapshot import CH_CONFIG
 
-from .driver import Hardware
+from .driver import Directory, Hardware
 from .http import HttpApi
 from .program import count_threads
 
@@ -25,6 +28,7 @@ VCPU_THREAD = b"vcpu"
 
 _QUEUE_SIZE = 512  # Cocoon's choice
 _IMAGE_TYPES = {"raw": "Raw", "qcow2": "Qcow2"}
+_CONFIG_LIMIT = 2 * MIB  # bytes, more than of any that was imported
 _MEMORY_STEP = 128 * MIB  # vmm/src/memory_manager.rs: what a DIMM measures
 _FULL = "No ACPI slot available"
 _OWED = "Too Many Requests"  # all that is said of a vCPU that the guest has not let go of
@@ -33,8 +37,10 @@ _OWED = "Too Many Requests"  # all that is said of a vCPU that the guest has not
 class GuestHardware:
     """What a running guest has; see LiveChanges."""
 
-    def __init__(self, api: HttpApi) -> None:
+    def __init__(self, api: HttpApi, directory: Directory) -> None:
+        """`directory` lends the VM's directory."""
         self._api = api
+        self._directory = directory
 
     async def hardware(self, pid: int, drives: Iterable[Drive], timeout: float = 10) -> Hardware:
         """Return what the guest has; see LiveChanges.
@@ -117,11 +123,46 @@ class GuestHardware:
         found = await self._describe(timeout)
         await self._put("vm.remove-device", {"id": found.id_of(drive)}, timeout)
 
+    async def remove_nics(self, timeout: float = 10) -> None:
+        """Ask the guest to let go of what it was loaded with; see LiveChanges."""
+        for nic in await self._nics():
+            await self._put("vm.remove-device", {"id": nic.id}, timeout)
+
+    async def leaving_nics(self, timeout: float = 10) -> tuple[str, ...]:
+        """Return what the guest has not let go of; see LiveChanges."""
+        loaded = await self._nics()
+        if not loaded:
+            return ()
+        found = await self._describe(timeout)
+        return tuple(nic.id for nic in loaded if nic.id in found.devices)
+
+    async def _nics(self) -> tuple[Nic, ...]:
+        return await trio.to_thread.run_sync(read_nics, self._directory)
+
     async def _describe(self, timeout: float) -> "_Description":
         return _parse(await self._api.call("GET", f"{API}/vm.info", timeout=timeout))
 
     async def _put(self, path: str, body: Mapping[str, Any], timeout: float) -> None:
         await self._api.call("PUT", f"{API}/{path}", body, timeout=timeout)
+
+
+def read_nics(directory: Directory) -> tuple[Nic, ...]:
+    """Return the network interfaces of what a VM was loaded from; none where it was booted.
+
+    Blocks on a file. Raises Failed and Damaged.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with directory() as own:
+        try:
+            file = os.open(CH_CONFIG, flags, dir_fd=own)
+            try:
+                return nics(os.read(file, _CONFIG_LIMIT))
+            finally:
+                os.close(file)
+        except FileNotFoundError:
+            return ()
+        except OSError as error:
+            raise from_os_error(error, f"reading {CH_CONFIG}") from error
 
 
 @dataclass(frozen=True, slots=True)

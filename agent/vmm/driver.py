@@ -38,8 +38,9 @@ class Capabilities:
     `qcow2` it has disks in that format too, not only raw ones. With `serial_socket` the guest's
     console is `canonical.CONSOLE_SOCKET`, made by the VMM, else its standard input and output.
     `firmware` is the format of the firmware files that it boots, "" where it boots none. With
-    `live_changes` its VMMs have `Vmm.live`. With `queue_affinity` disks have a thread for each
-    queue, which can be tied to CPUs of the host.
+    `live_changes` its VMMs have `Vmm.live`, which also takes out network interfaces that came with
+    a snapshot. With `queue_affinity` disks have a thread for each queue, which can be tied to CPUs
+    of the host.
     """
 
     pause: bool = True
@@ -112,6 +113,14 @@ class LiveChanges(Protocol):
         """Ask the guest to let go of a disk."""
         ...
 
+    async def remove_nics(self, timeout: float = 10) -> None:
+        """Ask the guest to let go of the network interfaces that came with its snapshot."""
+        ...
+
+    async def leaving_nics(self, timeout: float = 10) -> tuple[str, ...]:
+        """Return the ids of those that it has not let go of."""
+        ...
+
 
 class Vmm(Protocol):
     """A running VMM, reached over its API socket.
@@ -170,12 +179,14 @@ class Vmm(Protocol):
         memory: str,
         *,
         track_dirty: bool = False,
+        restore_mode: str = "",
         resume: bool = True,
         timeout: float = 60,
     ) -> None:
         """Load a snapshot into an empty VMM and, with `resume`, let it run.
 
-        One whose arguments say what to load does so by itself, and is waited for.
+        One whose arguments say what to load does so by itself, and is waited for. `restore_mode` is
+        that of the plan.
 
         The file `memory` must stay as it is while the VM runs.
         """
@@ -207,11 +218,11 @@ class Driver(Protocol):
         """
         ...
 
-    def plan(self, vm: Vm, version: Version, *, loads: bool = False) -> LaunchPlan:
+    def plan(self, vm: Vm, version: Version, *, loads: bool = False, nics: int = 0) -> LaunchPlan:
         """Return what to launch for `vm`; raise Unsupported for what this backend cannot do.
 
-        With `loads` its first start loads a snapshot: to have nothing to boot is no error then, and
-        leaves `boot_arguments` empty.
+        With `loads` its first start loads a snapshot, of a guest with `nics` network interfaces: to
+        have nothing to boot is no error then, and leaves `boot_arguments` empty.
 
         Kernel, initrd and firmware are expected at `canonical.KERNEL`, `canonical.INITRD` and
         `canonical.FIRMWARE`, as `vm.config.boot` names them; binding them there is the caller's
@@ -232,7 +243,7 @@ class Driver(Protocol):
 
         Asking a VMM that still builds its guest may cost the message with which it would fail. Also
         false when the process is gone. Looks at /proc, does not wait. With `loads` it was launched
-        to load one, and is to be told so, or does it by itself.
+        to load one, and is yet to be told what.
         """
         ...
 

@@ -75,7 +75,7 @@ class Firecracker:
         """Return why KVM does not run guests here; see Driver."""
         return await kvm_obstacle()
 
-    def plan(self, vm: Vm, version: Version, *, loads: bool = False) -> LaunchPlan:
+    def plan(self, vm: Vm, version: Version, *, loads: bool = False, nics: int = 0) -> LaunchPlan:
         """Return what to launch for `vm`; see Driver."""
         config = vm.config
         files: dict[str, bytes] = {}
@@ -219,6 +219,7 @@ class FirecrackerVmm:
         memory: str,
         *,
         track_dirty: bool = False,
+        restore_mode: str = "",
         resume: bool = True,
         timeout: float = 60,
     ) -> None:

@@ -101,7 +101,7 @@ class Qemu:
         """Return "": without KVM it translates; see Driver."""
         return ""
 
-    def plan(self, vm: Vm, version: Version, *, loads: bool = False) -> LaunchPlan:
+    def plan(self, vm: Vm, version: Version, *, loads: bool = False, nics: int = 0) -> LaunchPlan:
         """Return what to launch for `vm`; see Driver."""
         config = vm.config
         if config.boot is None and not config.is_disk_boot and not loads:
@@ -251,6 +251,7 @@ class QemuVmm:
         memory: str,
         *,
         track_dirty: bool = False,
+        restore_mode: str = "",
         resume: bool = True,
         timeout: float = 60,
     ) -> None:

@@ -42,6 +42,7 @@ REQUESTS = {
         "pause": ("PUT", "/api/v1/vm.pause", None),
         "resume": ("PUT", "/api/v1/vm.resume", None),
         "snapshot": ("PUT", "/api/v1/vm.snapshot", {"destination_url": "file://."}),
+        "restore": ("PUT", "/api/v1/vm.restore", {"source_url": "file://."}),
         "button": ("PUT", "/api/v1/vm.power-button", None),
         "cpus": ("PUT", "/api/v1/vm.resize", {"desired_vcpus": 99}),
         "fewer": ("PUT", "/api/v1/vm.resize", {"desired_vcpus": 1}),
@@ -67,10 +68,10 @@ LIVES = {
     "cloud-hypervisor": [
         (
             RUNNING,
-            "boot resume snapshot button cpus odd memory same wide add add remove remove add "
-            "pause boot pause snapshot button cpus odd more remove fewer same more shutdown "
-            "shutdown pause resume snapshot button fewer same remove boot boot shutdown "
-            "add add remove remove boot pause resume add fewer cpus more same",
+            "boot restore resume snapshot button cpus odd memory same wide add add remove remove "
+            "add pause boot pause restore snapshot button cpus odd more remove fewer same more "
+            "shutdown shutdown restore pause resume snapshot button fewer same remove boot boot "
+            "shutdown add add remove remove boot pause resume add fewer cpus more same",
         ),
         (EMPTY, "boot pause resume snapshot button cpus odd add remove shutdown"),
     ],

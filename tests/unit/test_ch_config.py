@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from agent.model import canonical
 from agent.model.access import Access
-from agent.model.ch_config import localised, untied
+from agent.model.ch_config import Nic, localised, nics, untied
 from agent.model.errors import CocoonError, Damaged, Missing, Unsupported
 from agent.model.snapshot import BoundFile, Snapshot, SnapshotFile
 
@@ -45,8 +45,12 @@ def changed(**changes):
     return localise({**OWN, **changes})
 
 
-def localise(config):
-    return json.loads(localised(json.dumps(config).encode(), SNAPSHOT))
+def localise(config, snapshot=SNAPSHOT):
+    return json.loads(localised(json.dumps(config).encode(), snapshot))
+
+
+def with_nics(*net):
+    return localise({**OWN, "net": net}, dataclasses.replace(SNAPSHOT, nics=len(net)))["net"]
 
 
 def test_what_was_taken_here_stays_byte_for_byte():
@@ -121,10 +125,51 @@ def test_rules_for_paths_of_the_other_host_go():
     assert changed(**theirs) == OWN
 
 
+def test_a_network_interface_waits_for_descriptors_and_is_to_the_guest_what_it_was():
+    ours = {"id": "_net0", "mac": "52:54:00:00:00:01", "num_queues": 6, "queue_size": 256, "x": 1}
+    theirs = {"tap": "tap0", "ip": "10.0.0.1", "mask": "255.0.0.0", "host_mac": "a", "mtu": 1400}
+    more = {"id": "_net1", "num_queues": 2, "fds": [7], "vhost_user": False, "vhost_socket": None}
+    assert with_nics(ours | theirs, more) == [
+        ours | {"fds": [-1, -1, -1]},
+        more | {"fds": [-1]},
+    ]
+    data = json.dumps({"net": [ours, more]}).encode()
+    assert nics(data) == (Nic("_net0", 3), Nic("_net1", 1))
+    assert nics(b"{}") == nics(b'{"net": null}') == ()
+
+
+@pytest.mark.parametrize("hostile", [{"vhost_user": True}, {"vhost_socket": "/x"}])
+def test_a_network_interface_of_another_process_is_refused(hostile):
+    with pytest.raises(Unsupported, match="a network interface of another process"):
+        with_nics({"id": "a", "num_queues": 2} | hostile)
+
+
+@pytest.mark.parametrize(
+    ("net", "words"),
+    [
+        ([{}], "no id or no queues"),
+        ([{"id": "", "num_queues": 2}], "no id"),
+        ([{"id": "a", "num_queues": "2"}], "no queues"),
+        ([{"id": "a", "num_queues": 1}], "no queues"),
+        ([{"id": "a", "num_queues": -2}], "no queues"),
+        ([{"id": "a", "num_queues": 2}] * 2, "same id"),
+        ([{"id": "a", "num_queues": 1 << 60}], "more than 253"),
+        ([{"id": str(number), "num_queues": 2} for number in range(254)], "more than 253"),
+    ],
+)
+def test_network_interfaces_that_cannot_be_are_damage(net, words):
+    with pytest.raises(Damaged, match=words):
+        with_nics(*net)
+
+
+def test_network_interfaces_that_are_not_recorded_ask_for_another_import():
+    with pytest.raises(Damaged, match="with 0 network interfaces and has 1: import it again"):
+        changed(net=[{"id": "a", "num_queues": 2}])
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"net": [{"tap": "tap0"}]}, "network interfaces"),
         ({"fs": [{"tag": "x"}]}, "shared directories"),
         ({"vsock": {"cid": 3}}, "a vsock"),
         ({"devices": [{"path": "/sys/x"}]}, "devices of the host"),
@@ -201,15 +246,20 @@ def test_unknown_fields_survive_wherever_they_are(top, disk, console):
 KEYS = st.sampled_from([*OWN, "net", "landlock_rules", "vsock"])
 FIELDS = st.sampled_from(["path", "mode", "file", "socket", "src", "kernel", "zones", "affinity"])
 OBJECT = st.dictionaries(FIELDS, VALUE, max_size=3)
-HOSTILE = VALUE | OBJECT | st.lists(OBJECT, max_size=2)
+NIC = st.fixed_dictionaries(
+    {"id": st.sampled_from(["a", "b"]), "num_queues": st.integers(1, 5)},
+    optional={"tap": VALUE, "vhost_user": VALUE, "fds": VALUE},
+)
+HOSTILE = VALUE | OBJECT | st.lists(OBJECT | NIC, max_size=2)
 
 
 @slowly
-@given(st.dictionaries(KEYS, HOSTILE, max_size=3) | st.binary())
-def test_whatever_comes_is_refused_or_names_nothing_but_what_is_here(content):
+@given(st.dictionaries(KEYS, HOSTILE, max_size=3) | st.binary(), st.integers(0, 2))
+def test_whatever_comes_is_refused_or_names_nothing_but_what_is_here(content, count):
+    snapshot = dataclasses.replace(SNAPSHOT, nics=count)
     data = content if isinstance(content, bytes) else json.dumps({**OWN, **content}).encode()
     try:
-        ours = localised(data, SNAPSHOT)
+        ours = localised(data, snapshot)
     except CocoonError:
         return
     config = json.loads(ours)
@@ -217,7 +267,8 @@ def test_whatever_comes_is_refused_or_names_nothing_but_what_is_here(content):
     assert {disk["path"] for disk in config["disks"] or []} <= here
     assert config["serial"].items() >= OWN["serial"].items()
     assert config["console"]["mode"] in ("Off", "Null")
-    assert localised(ours, SNAPSHOT) is ours
+    assert all("tap" not in nic and nic["fds"] for nic in config.get("net") or [])
+    assert localised(ours, snapshot) is ours
 
 
 def test_a_document_as_deep_as_it_may_be_is_no_trouble():

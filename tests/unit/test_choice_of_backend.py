@@ -31,7 +31,7 @@ class Backend:
             raise Missing(self._missing)
         return Version(f"/usr/bin/{self.name}", "1.0", (1, 0))
 
-    def plan(self, vm, version, *, loads=False):
+    def plan(self, vm, version, *, loads=False, nics=0):
         if self._refusal:
             raise Unsupported(self._refusal)
         return LaunchPlan(version.binary, (), (), {}, 1)
@@ -64,6 +64,15 @@ async def test_a_backend_with_an_obstacle_is_better_than_none():
 async def test_who_names_a_backend_gets_it():
     firecracker = Backend("firecracker", obstacle="no KVM")
     assert await chosen(firecracker, Backend("qemu"), hypervisor="firecracker") == "firecracker"
+
+
+async def test_network_interfaces_of_a_snapshot_are_for_who_can_take_them_out():
+    vm = Vm("a" * 26, "web", 70000, Access(0, 0), VmConfig(hypervisor="firecracker"))
+    for nics, changes in ((0, False), (2, True)):
+        drivers = {"firecracker": Backend("firecracker", live_changes=changes)}
+        await plan_launch(drivers, vm, loads=True, nics=nics)
+    with pytest.raises(Unsupported, match="2 network interfaces.* firecracker cannot take them"):
+        await plan_launch({"firecracker": Backend("firecracker")}, vm, loads=True, nics=2)
 
 
 async def test_when_none_can_each_says_why():

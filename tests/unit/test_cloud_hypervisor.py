@@ -11,6 +11,7 @@ from agent.model.config import BaseImage, Boot, Disk, VmConfig
 from agent.model.errors import Damaged, Invalid, Unsupported
 from agent.model.size import MIB
 from agent.model.vm import Vm
+from agent.vmm import tap
 from agent.vmm.cloud_hypervisor import CloudHypervisor
 from agent.vmm.driver import Version
 
@@ -176,6 +177,19 @@ def test_memory_is_loaded_as_the_host_and_the_vm_allow(mode, device, unprivilege
     assert given.keys() <= SCHEMAS["RestoreConfig"]["properties"].keys()
     assert given["memory_restore_mode"] == expected
     assert ("/dev/userfaultfd" in launch.devices) == (expected == "ondemand" and device)
+
+
+def test_a_guest_with_network_interfaces_is_loaded_over_the_api(monkeypatch, tmp_path):
+    config = VmConfig(boot=Boot(kernel="k"), restore_mode="copy")
+    vm = Vm("a" * 26, "web", 70000, Access(0, 0), config)
+    monkeypatch.setattr(tap, "DEVICE", str(tmp_path / "tun"))
+    with pytest.raises(Unsupported, match="network interfaces"):
+        CloudHypervisor().plan(vm, VERSION, loads=True, nics=1)
+    (tmp_path / "tun").touch()
+    launch = CloudHypervisor().plan(vm, VERSION, loads=True, nics=1)
+    assert (launch.load_arguments, launch.restore_mode) == ((), "copy")
+    assert tap.DEVICE not in launch.devices
+    assert CloudHypervisor().answers(0, loads=True)
 
 
 def test_a_way_to_load_memory_that_is_not_there_says_which_to_use():

@@ -1,7 +1,7 @@
 """What Cloud Hypervisor is asked for a guest that runs, and what it is said to have."""
 
 import os
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 
 import pytest
 import trio
@@ -50,13 +50,13 @@ async def served(guest, path):
     async with guest.serving(path):
         socket = os.open(path, os.O_PATH)
         try:
-            yield GuestHardware(HttpApi(socket, "Cloud Hypervisor"))
+            yield GuestHardware(HttpApi(socket, "Cloud Hypervisor"), nullcontext)
         finally:
             os.close(socket)
 
 
 async def test_a_guest_has_what_it_was_given(guest):
-    live = GuestHardware(guest)
+    live = GuestHardware(guest, nullcontext)
     await live.set_cpus(3)
     await live.set_memory(192 * MIB)
     await live.add_disk(OTHER, VmConfig(cpu=3, queue_affinity=((4,), (), (1, 0))))
@@ -73,12 +73,12 @@ async def test_a_guest_has_what_it_was_given(guest):
 
 
 async def test_a_disk_that_is_tied_to_no_cpu_says_nothing_of_it(guest):
-    await GuestHardware(guest).add_disk(OTHER, VmConfig())
+    await GuestHardware(guest, nullcontext).add_disk(OTHER, VmConfig())
     assert "queue_affinity" not in guest.changes[-1][1]
 
 
 async def test_a_guest_has_what_it_has_not_let_go_of(guest):
-    live = GuestHardware(guest)
+    live = GuestHardware(guest, nullcontext)
     await live.set_cpus(2)
     guest.obeys = False
     await live.remove_disk(DRIVE)
@@ -98,7 +98,7 @@ async def test_a_disk_of_a_foreign_snapshot_is_found_by_its_file(guest):
     path = "/var/lib/cocoon/run/cloudhypervisor/abc/data-e.raw"
     guest.config["disks"].append({"id": "_disk3", "path": path, "num_queues": 1})
     guest.boot()
-    live = GuestHardware(guest)
+    live = GuestHardware(guest, nullcontext)
     now = await live.hardware(PID, [OTHER])
     assert (now.disks, now.leaving) == (frozenset([OTHER]), frozenset())
     await live.remove_disk(OTHER)
@@ -112,23 +112,23 @@ async def test_an_answer_that_makes_no_sense_is_a_failure(answer):
             return answer
 
     with pytest.raises(Failed, match="unknown"):
-        await GuestHardware(Strange()).hardware(PID, [])
+        await GuestHardware(Strange(), nullcontext).hardware(PID, [])
 
 
 async def test_a_process_without_vcpus_has_ended(guest):
     guest.cpus = 0
     guest.obeys = False
     with pytest.raises(Failed, match="ended"):
-        await GuestHardware(guest).hardware(PID, [])
+        await GuestHardware(guest, nullcontext).hardware(PID, [])
 
 
 async def test_memory_that_cannot_be_plugged_any_more_says_until_when(guest):
     guest.refusals["/vm.resize"] = Failed("Memory manager error: No ACPI slot available")
     with pytest.raises(Unsupported, match="before the next start"):
-        await GuestHardware(guest).set_memory(192 * MIB)
+        await GuestHardware(guest, nullcontext).set_memory(192 * MIB)
     guest.refusals["/vm.resize"] = Failed("Memory manager error: another")
     with pytest.raises(Failed, match="another"):
-        await GuestHardware(guest).set_memory(192 * MIB)
+        await GuestHardware(guest, nullcontext).set_memory(192 * MIB)
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -170,10 +170,12 @@ async def test_refusals_silence_and_answers_that_break_off_are_told(guest, tmp_p
 def test_what_a_guest_cannot_come_to_says_what_it_can(config, kind, words):
     now = Hardware(cpu=2, claimed_cpu=2, least_cpu=2, memory=64 * MIB)
     with pytest.raises(kind, match=words):
-        GuestHardware(Guest()).check(now, VmConfig(**{"cpu": 2, "max_cpu": 4} | config))
+        GuestHardware(Guest(), nullcontext).check(
+            now, VmConfig(**{"cpu": 2, "max_cpu": 4} | config)
+        )
 
 
 @pytest.mark.parametrize("config", [{}, {"cpu": 1}, {"cpu": 4, "memory": 320 * MIB}])
 def test_what_a_guest_can_come_to_passes(config):
     now = Hardware(cpu=2, claimed_cpu=2, least_cpu=1, memory=64 * MIB)
-    GuestHardware(Guest()).check(now, VmConfig(**{"memory": 64 * MIB} | config))
+    GuestHardware(Guest(), nullcontext).check(now, VmConfig(**{"memory": 64 * MIB} | config))

@@ -220,7 +220,7 @@ class Backend:
             await self._answer()
         return Version(f"/usr/bin/{self.name}", "1.0", (1, 0))
 
-    def plan(self, vm, version, *, loads=False):
+    def plan(self, vm, version, *, loads=False, nics=0):
         return LaunchPlan(version.binary, (), (), {}, 1)
 
 

@@ -368,6 +368,12 @@ def cloud_hypervisor(**changes):
     }
 
 
+def test_network_interfaces_are_counted_where_cloud_hypervisor_has_them(sink):
+    members = cloud_hypervisor(net=[{"id": "_net0"}, {"id": "_net1"}])
+    members["snapshot.json"] = metadata(hypervisor="cloud-hypervisor", nics=1)
+    assert take_in(sink, pack(members)).nics == 2
+
+
 def test_a_cloud_hypervisor_snapshot_of_cocoons_needs_no_sidecar(sink):
     snapshot = take_in(sink, pack(cloud_hypervisor()))
     assert snapshot.binds == (

@@ -1,6 +1,8 @@
 """Changes to VMs that run, with a guest that lets go of what it is asked for, late, or never."""
 
 import dataclasses
+import functools
+import json
 import os
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -127,7 +129,8 @@ async def make_host(tmp_path, monkeypatch):
 
         @asynccontextmanager
         async def connected(services, vm):
-            yield SimpleNamespace(live=GuestHardware(host.guest))
+            directory = functools.partial(tree.open_directory, vm)
+            yield SimpleNamespace(live=GuestHardware(host.guest, directory))
 
         monkeypatch.setattr(live, "connected", connected)
         monkeypatch.setattr(
@@ -208,6 +211,24 @@ async def test_what_the_guest_keeps_stays_in_the_record_and_can_be_asked_for_aga
     assert host.vm.config.disks == (E,)
     assert host.files() == {"data-e.raw"}
     await live.check_settled(host.services, ID)
+
+
+async def test_a_network_interface_that_the_guest_keeps_is_in_the_way_of_a_snapshot(make_host):
+    host = await make_host()
+    own = f"{host.tree.directory(ID)}/config.json"
+    for config in ({}, {"net": []}, {"net": [{"id": "_net0", "num_queues": 2}]}):
+        with open(own, "w") as file:
+            json.dump(config, file)
+        await live.check_settled(host.services, ID)  # none, or it has let go
+    host.guest.devices["_net0"] = {"id": "_net0"}
+    host.guest.obeys = False
+    with pytest.raises(Busy, match="has not let go of _net0"):
+        await live.check_settled(host.services, ID)
+    for name in (os.devnull, "."):
+        os.unlink(own)
+        os.symlink(name, own)
+        with pytest.raises(Failed, match=r"reading config\.json failed"):
+            await live.check_settled(host.services, ID)
 
 
 async def test_cpus_that_the_guest_gives_back_late_are_recorded_before_a_snapshot(make_host):

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from agent.model.config import VmConfig
 from agent.model.disks import Drive
 from agent.model.errors import Failed, TimedOut
 from agent.model.size import MIB
-from agent.vmm import cloud_hypervisor, firecracker
+from agent.vmm import cloud_hypervisor, firecracker, tap
 from agent.vmm.cloud_hypervisor import CloudHypervisor, CloudHypervisorVmm
 from agent.vmm.driver import VmmState
 from agent.vmm.firecracker import Firecracker, FirecrackerVmm
@@ -84,13 +85,40 @@ def connected(name, tmp_path):
 
 
 @asynccontextmanager
-async def reach(name, path):
+async def reach(name, path, directory=nullcontext):
     socket = os.open(path, os.O_PATH | os.O_NOFOLLOW)
     try:
-        async with DRIVERS[name][0]().connect(socket, nullcontext) as connection:
+        async with DRIVERS[name][0]().connect(socket, directory) as connection:
             yield connection
     finally:
         os.close(socket)
+
+
+@pytest.fixture
+def with_nics(tmp_path, monkeypatch):
+    """`async with with_nics(vmm)` serves a Cloud Hypervisor that has a guest with such to load."""
+
+    @asynccontextmanager
+    async def unconnected(queues):
+        with open(os.devnull) as file:
+            yield [file.fileno()] * sum(queues)
+
+    @contextlib.contextmanager
+    def directory():
+        own = os.open(tmp_path, os.O_RDONLY)
+        yield own
+        os.close(own)
+
+    @asynccontextmanager
+    async def serve(vmm):
+        monkeypatch.setattr(tap, "unconnected", unconnected)
+        net = [{"id": "_net0", "num_queues": 2}, {"id": "_net1", "num_queues": 4}]
+        (tmp_path / "config.json").write_text(json.dumps({"net": net}))
+        path = tmp_path / "api"
+        async with vmm.serving(path), reach("cloud-hypervisor-53", path, directory) as connection:
+            yield vmm, connection
+
+    return serve
 
 
 def before(name, method):
@@ -114,7 +142,9 @@ def test_every_method_of_a_connection_is_tried(name):
     assert {key for key, _ in functions if key[0] != "_"} == CALLS.keys()
 
 
-async def test_every_request_that_the_driver_names_is_sent_as_described(name, described, connected):
+async def test_every_request_that_the_driver_names_is_sent_as_described(
+    name, described, connected, with_nics
+):
     vmm = described(EMPTY)
     async with connected(vmm) as connection:
         assert await connection.state() is VmmState.EMPTY
@@ -130,6 +160,9 @@ async def test_every_request_that_the_driver_names_is_sent_as_described(name, de
         async with connected(vmm) as connection:
             for change, wanted in CHANGES.items():
                 await getattr(connection.live, change)(*wanted)
+        sent |= {path for _, path, _ in vmm.requests}
+        async with with_nics(described(EMPTY)) as (vmm, connection):
+            await connection.load(**FILES, restore_mode="copy")
         sent |= {path for _, path, _ in vmm.requests}
     sources = [path.read_text() for path in Path(agent.vmm.__file__).parent.glob("*.py")]
     nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
@@ -194,6 +227,27 @@ async def test_a_life_from_a_snapshot_on(name, described, connected, resume):
         await connection.snapshot(**FILES, diff=True)
         await connection.resume()
         await connection.power_off()
+    assert vmm.state == RUNNING
+
+
+@pytest.mark.parametrize("mode", ["copy", "ondemand"])
+async def test_a_guest_with_network_interfaces_stands_still_until_they_are_taken_out(
+    with_nics, mode
+):
+    vmm = VMMS["cloud-hypervisor-53"]("cloud-hypervisor-53", EMPTY)
+    async with with_nics(vmm) as (_, connection):
+        await connection.load(**FILES, restore_mode=mode, resume=False)
+        ((_, path, body),) = (request for request in vmm.requests if request[0] == "PUT")
+        assert (path, body["source_url"]) == ("/vm.restore", f"file://{canonical.VM}/save")
+        assert body["memory_restore_mode"].lower() == mode
+        assert vmm.state == PAUSED
+        assert await connection.live.leaving_nics() == ("_net0", "_net1")
+        await connection.live.remove_nics()
+        assert vmm.config["net"] == []
+        assert await connection.live.leaving_nics() == ("_net0", "_net1")
+        vmm.let_go()
+        assert await connection.live.leaving_nics() == ()
+        await connection.resume()
     assert vmm.state == RUNNING
 
 
