@@ -127,9 +127,11 @@ async def record_end(services: Services, vm: Vm) -> None:
     if record is None:
         # Nothing wrote it: the host went down with the VM running.
         await ended(services, vm.id, State.STOPPED, reason="host-boot")
+    elif vm.state is State.STOPPING:
+        # That is what was wanted, whatever the VMM died of in the end.
+        await ended(services, vm.id, State.STOPPED, reason=vm.reason)
     elif record.result == "success":
-        reason = vm.reason if vm.state is State.STOPPING else "guest-exit"
-        await ended(services, vm.id, State.STOPPED, reason=reason)
+        await ended(services, vm.id, State.STOPPED, reason="guest-exit")
     else:
         words = await last_words(services, vm)
         error = f"{vm.hypervisor} of VM {vm.name} {describe_exit(record)}"

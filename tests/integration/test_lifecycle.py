@@ -257,6 +257,18 @@ def test_kill_goes_past_a_stop_that_waits(agent, make_vm, guests, until):
     stop.wait(timeout=20)
 
 
+def test_one_that_dies_while_it_is_stopped_is_stopped(agent, make_vm, guests, until):
+    vm = make_vm(boot={"kernel": str(guests.halt)}, stop_timeout=60)
+    vm.verb("start")
+    vmm = vm.pid
+    with subprocess.Popen(["sh", "-c", f"echo stop > {vm.path}/state"], stderr=subprocess.DEVNULL):
+        until(lambda: vm.state == "stopping", what="the stop is under way")
+        agent.kill()
+    assert vm.state == "stopping"
+    os.kill(vmm, signal.SIGKILL)
+    vm.wait_for_state("stopped")
+
+
 def test_a_guest_that_does_not_listen_is_stopped_by_force(agent, make_vm, guests):
     vm = make_vm(boot={"kernel": str(guests.halt)}, stop_timeout=1)
     vm.verb("start")
