@@ -50,9 +50,9 @@ def _dense(tar: str, directory: str, size: int, rounds: int) -> Iterator[Row]:
         return lambda: _run("cp", source, target)
 
     def remove() -> None:
-        os.sync()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(target)
+        _warm(target, size)
 
     rates = _in_turn(rounds, copy(tar), copy(stored), remove)
     ours, theirs = _rates(rates, size)
@@ -73,10 +73,10 @@ def _dense(tar: str, directory: str, size: int, rounds: int) -> Iterator[Row]:
         _run("tar", "--extract", f"--file={stored}", f"--directory={target}")
 
     def clear() -> None:
-        os.sync()
         shutil.rmtree(target, ignore_errors=True)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(imported)
+        _warm(target, size)
 
     def take_in() -> None:
         _run("cp", stored, imported)
@@ -122,6 +122,20 @@ def _snapshot(name: str, size: int, data: int) -> Iterator[tuple[str, str]]:
         os.unlink(tar)
 
 
+def _warm(path: str, size: int) -> None:
+    """Write `size` bytes to a file that is removed again, with all else on the disk.
+
+    The host of a VM may take memory back that is free for two seconds; to get it again takes
+    longer than to copy, for whatever writes large blocks.
+    """
+    os.sync()
+    piece = bytes(MIB)
+    with open(path, "wb") as file:
+        for _ in range(size // MIB):
+            file.write(piece)
+    os.unlink(path)
+
+
 def _read(path: str) -> None:
     _run("dd", f"if={path}", "of=/dev/null", "bs=1M", "status=none")
 
@@ -134,8 +148,7 @@ def _in_turn(
 ) -> tuple[list[float], list[float]]:
     """Return the seconds that both take, in turn; the first time finds caches cold.
 
-    `before` each of them it removes what the last one wrote, and not earlier: the host of a VM may
-    take memory back that is free for a while, and to get it again takes longer than to copy.
+    `before` each of them it removes what the last one wrote.
     """
     took: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds + 1):
