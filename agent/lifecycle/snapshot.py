@@ -217,7 +217,8 @@ async def _take(
     await tree.in_thread("preparing a snapshot", store.begin, snapshot.id, vm)
     step(f"{what}:prepared")
     async with _raised_limit(services, vm, limit), connected(services, vm) as vmm:
-        await vmm.state()  # that it answers, and the talk has begun, before the guest stands still
+        # One that does not answer is found out, too, before its guest stands still.
+        await vmm.prepare_snapshot()
         began = trio.current_time()
         try:
             await _pause(vm, vmm)

@@ -233,6 +233,10 @@ class CloudHypervisorVmm:
                 return {"vcpus": cpus}
         raise _unknown("its CPUs")
 
+    async def prepare_snapshot(self, timeout: float = 10) -> None:
+        """Begin the talk; see Vmm."""
+        await self.state(timeout)
+
     async def snapshot(
         self, state: str, memory: str, *, diff: bool = False, timeout: float = 300
     ) -> None:

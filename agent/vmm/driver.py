@@ -160,6 +160,10 @@ class Vmm(Protocol):
         """Return the VMM's own figures: `vcpus`, and `balloon_target` in bytes if it has one."""
         ...
 
+    async def prepare_snapshot(self, timeout: float = 10) -> None:
+        """Do what `snapshot` would do first, but while the guest still runs."""
+        ...
+
     async def snapshot(
         self, state: str, memory: str, *, diff: bool = False, timeout: float = 300
     ) -> None:

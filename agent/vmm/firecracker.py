@@ -202,6 +202,10 @@ class FirecrackerVmm:
                 return {"vcpus": cpus}
         raise Failed("Firecracker described its configuration in a way that is unknown")
 
+    async def prepare_snapshot(self, timeout: float = 10) -> None:
+        """Begin the talk; see Vmm."""
+        await self.state(timeout)
+
     async def snapshot(
         self, state: str, memory: str, *, diff: bool = False, timeout: float = 300
     ) -> None:

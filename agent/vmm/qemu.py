@@ -10,6 +10,7 @@ import functools
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import trio
@@ -177,6 +178,14 @@ class Qemu:
         ]
 
 
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What is known before a snapshot: whether the guest stands still since one, and on what."""
+
+    is_saved: bool
+    on_kvm: bool
+
+
 class QemuVmm:
     """A running QEMU; see Vmm."""
 
@@ -186,13 +195,11 @@ class QemuVmm:
         """`directory` lends the VM's directory."""
         self._qmp = qmp
         self._directory = directory
+        self._prepared: _Prepared | None = None
 
     async def state(self, timeout: float = 10) -> VmmState:
         """Return what QEMU says of itself; see Vmm."""
-        status = await self._status(timeout)
-        if status not in _STATES:
-            raise Failed(f"QEMU's guest cannot go on: {status}")
-        return _STATES[status]
+        return _STATES[await self._status(timeout)]
 
     async def pause(self, timeout: float = 10) -> None:
         """Stop the vCPUs; see Vmm."""
@@ -222,15 +229,20 @@ class QemuVmm:
                 return {"vcpus": len(cpus)}
         raise Failed("QEMU described its CPUs in a way that is unknown")
 
+    async def prepare_snapshot(self, timeout: float = 10) -> None:
+        """Tell QEMU what to save; see Vmm."""
+        self._prepared = await self._prepare_saving(timeout)
+
     async def snapshot(
         self, state: str, memory: str, *, diff: bool = False, timeout: float = 300
     ) -> None:
         """Write the paused VM's state to a file; see Vmm. Its memory is a file already."""
-        if await self._status(timeout) == "postmigrate":
+        prepared = self._prepared or await self._prepare_saving(timeout)
+        self._prepared = None
+        if prepared.is_saved:
             # QEMU saves a guest once each time that it has stopped.
             await self._qmp.execute("cont", timeout=timeout)
             await self._qmp.execute("stop", timeout=timeout)
-        kvm = await self._prepare(timeout)
         file = await _in_thread(create_state, self._directory, _below(state))
         try:
             await self._hand_over(file, timeout)
@@ -241,7 +253,7 @@ class QemuVmm:
                 # QEMU 7.2 does not say why it could not write.
                 await _in_thread(check_room, file)
                 raise
-            await _in_thread(seal_state, file, kvm=kvm)
+            await _in_thread(seal_state, file, kvm=prepared.on_kvm)
         finally:
             os.close(file)
 
@@ -267,10 +279,17 @@ class QemuVmm:
         if resume:
             await self.resume(timeout)
 
+    async def _prepare_saving(self, timeout: float) -> _Prepared:
+        status = await self._status(timeout)
+        return _Prepared(status == "postmigrate", await self._prepare(timeout))
+
     async def _status(self, timeout: float) -> str:
+        """Return QEMU's word for the state of a guest that can go on."""
         match await self._qmp.execute("query-status", timeout=timeout):
-            case {"status": str(status)}:
+            case {"status": str(status)} if status in _STATES:
                 return status
+            case {"status": str(status)}:
+                raise Failed(f"QEMU's guest cannot go on: {status}")
         raise Failed("QEMU described its state in a way that is unknown")
 
     async def _prepare(self, timeout: float) -> bool:

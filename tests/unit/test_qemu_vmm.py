@@ -101,12 +101,25 @@ async def test_a_guest_may_stay_paused_after_its_load(vmm, qmp):
     assert "cont" not in qmp.told
 
 
-async def test_a_guest_that_was_saved_already_is_stopped_anew(vmm, qmp, tmp_path):
+@pytest.mark.parametrize("prepared", [False, True])
+async def test_a_guest_that_was_saved_already_is_stopped_anew(vmm, qmp, tmp_path, prepared):
     await vmm.snapshot(STATE, MEMORY)
     os.unlink(tmp_path / "save/vmstate")
+    if prepared:
+        await vmm.prepare_snapshot()
     qmp.told.clear()
     await vmm.snapshot(STATE, MEMORY)
-    assert qmp.told[:3] == ["query-status", "cont", "stop"]
+    assert qmp.told.index("cont") + 1 == qmp.told.index("stop") < qmp.told.index("migrate")
+    assert ("query-status" in qmp.told) == (not prepared)
+
+
+async def test_what_was_prepared_is_not_asked_while_the_guest_stands_still(vmm, qmp):
+    qmp.status = "running"
+    await vmm.prepare_snapshot()
+    qmp.told.clear()
+    await vmm.pause()
+    await vmm.snapshot(STATE, MEMORY)
+    assert qmp.told == ["stop", "getfd", "migrate"]
 
 
 async def test_a_guest_goes_on_once_qemu_has_done_with_its_state(vmm, qmp):

@@ -41,6 +41,7 @@ CALLS = {
     "resume": [{}],
     "power_off": [{}],
     "stats": [{}],
+    "prepare_snapshot": [{}],
     "snapshot": [{**FILES, "diff": diff} for diff in (False, True)],
     "load": [
         {**FILES, "track_dirty": track_dirty, "resume": resume}
