@@ -1,10 +1,26 @@
-"""Cloud Hypervisor's API, as tests ask it."""
+"""Cloud Hypervisor, as tests run it and ask it."""
 
 import http.client
 import json
+import os
 import socket
 from pathlib import Path
 from typing import Any
+
+_PRELOADING = Path("/etc/systemd/system/cocoon-vm-.service.d/50-nested-state.conf")
+
+
+def preloaded() -> Path | None:
+    """The library that a lab gives VMMs, for want of which this one fails on the lab's KVM."""
+    return (
+        Path(os.environ["COCOON_TEST_GUESTS"], "nested_state.so") if _PRELOADING.exists() else None
+    )
+
+
+def environment() -> dict[str, str]:
+    """What one that a test starts by itself needs."""
+    library = preloaded()
+    return {**os.environ, **({"LD_PRELOAD": str(library)} if library else {})}
 
 
 def ask(api: Path, method: str, command: str, body: Any = None) -> tuple[int, bytes]:

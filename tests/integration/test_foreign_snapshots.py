@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ch_api import ask, info
+from ch_api import ask, environment, info
 from snapshot_tools import (
     archive,
     away,
@@ -35,8 +34,6 @@ pytestmark = pytest.mark.skipif(
 
 ELSEWHERE = f"{canonical.RUN}/cloudhypervisor/ELSEWHERE"
 """Where the files of a VM are that another host ran."""
-NESTED_STATE = Path("/etc/systemd/system/cocoon-vm-.service.d/50-nested-state.conf")
-"""Of a lab on a KVM that wants a library preloaded."""
 _MOUNTS = """
 mount -t tmpfs tmpfs /var/lib/cocoon
 mkdir -p "$2"
@@ -61,9 +58,6 @@ def foreign(guests: Any, tmp_path: Path, until: Any) -> Callable[..., tuple[dict
     """
     shutil.copy(guests.guest, tmp_path / "vmlinux")
     (tmp_path / "root.raw").write_bytes(bytes(1 << 20))
-    environment = dict(os.environ)
-    if NESTED_STATE.exists():
-        environment["LD_PRELOAD"] = f"{os.environ['COCOON_TEST_GUESTS']}/nested_state.so"
     output, api = tmp_path / "output", tmp_path / "api"
 
     def take(*options: str, cpu: int = 1) -> tuple[dict[str, bytes], int]:
@@ -81,7 +75,7 @@ def foreign(guests: Any, tmp_path: Path, until: Any) -> Callable[..., tuple[dict
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=subprocess.DEVNULL,
-                env=environment,
+                env=environment(),
             )
         try:
             until(lambda: b"count 2" in output.read_bytes() or process.poll())

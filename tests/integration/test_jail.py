@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from ch_api import preloaded
 from jail_report import Identity, Report, identities_below, identity
 
 from agent.helpers import stop, stop_post
@@ -28,8 +29,6 @@ from agent.vmm.driver import Version
 from tests.integration.vm_units import MIB, VmUnit, VmUnits, replace_plan, systemctl
 
 REFUSED = {"EPERM", "EACCES", "EAFNOSUPPORT", "SIGSYS"}
-NESTED_STATE = Path("/etc/systemd/system/cocoon-vm-.service.d/50-nested-state.conf")
-"""With it the lab preloads a library of the tests', for want of which Cloud Hypervisor fails."""
 
 
 @dataclass
@@ -147,8 +146,8 @@ def test_it_sees_no_file_but_its_own(inside):
     # What systemd puts into every root that it makes.
     known |= {identity("/run/systemd/notify"), identity(f"/run/systemd/propagate/{unit.name}")}
     known |= identities_below("/run/systemd/inaccessible")
-    if NESTED_STATE.exists():
-        known.add(identity(Path(os.environ["COCOON_TEST_GUESTS"], "nested_state.so")))
+    if library := preloaded():
+        known.add(identity(library))
     # The program made and removed files to see where it can.
     foreign = [seen for seen in inside.report.seen if seen.identity not in known]
     assert foreign == []
@@ -282,7 +281,7 @@ def test_its_environment_tells_nothing_of_the_host(inside):
         *("PATH", "LANG", "HOME", "LOGNAME", "USER", "SHELL"),
         *("NOTIFY_SOCKET", "INVOCATION_ID", "JOURNAL_STREAM", "SYSTEMD_EXEC_PID"),
         *("BACKEND", "ARGUMENTS", "BOOT_ARGUMENTS", "RUN_DIRECTORY", "VM_UID", "STOP_TIMEOUT"),
-        *(["LD_PRELOAD"] if NESTED_STATE.exists() else []),
+        *(["LD_PRELOAD"] if preloaded() else []),
     }
     assert inside.report.environment["RUN_DIRECTORY"] == unit.paths.run
 

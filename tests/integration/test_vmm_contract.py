@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
+from ch_api import environment
 from described_vmm import EMPTY, RUNNING, VMMS
 
 from agent.model.errors import Failed
@@ -20,9 +21,6 @@ from agent.vmm.firecracker import Firecracker
 from agent.vmm.http import HttpApi
 
 pytestmark = pytest.mark.anyio
-
-NESTED_STATE = "/etc/systemd/system/cocoon-vm-.service.d/50-nested-state.conf"
-"""Of a lab on a KVM that wants Cloud Hypervisor to have a library preloaded."""
 
 FILES = {"snapshot_path": "state", "mem_file_path": "memory"}
 MEMORY = {"mem_backend": {"backend_type": "File", "backend_path": "memory"}}
@@ -121,12 +119,9 @@ def arguments(guests, tmp_path, monkeypatch):
 async def running(arguments, state):
     """Run the real one until it is in the state; the value is its API."""
     driver = DRIVERS[arguments[0]]
-    environment = dict(os.environ)
-    if os.path.exists(NESTED_STATE):
-        environment["LD_PRELOAD"] = f"{os.environ['COCOON_TEST_GUESTS']}/nested_state.so"
     with open("log", "wb") as log:
         process = await trio.lowlevel.open_process(
-            arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
+            arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment()
         )
     try:
         while process.poll() is None and not (
