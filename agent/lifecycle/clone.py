@@ -10,7 +10,7 @@ from agent.model.vm import Vm
 from . import images, library
 from .configure import empty_trash
 from .services import RESTING, Services
-from .start import Loading, launch, prepare, start
+from .start import Loading, cut_off, launch, prepare, start
 from .steps import step
 
 _LIMIT = 60.0  # seconds, from the contract's table of verbs
@@ -59,7 +59,9 @@ async def start_or_clone(services: Services, vm_id: str) -> None:
         with trio.move_on_after(_LIMIT) as scope:
             await _clone(services, vm)
     if scope.cancelled_caught:
-        raise TimedOut(f"VM {vm.name} was not cloned within {_LIMIT:.0f} seconds")
+        late = TimedOut(f"VM {vm.name} was not cloned within {_LIMIT:.0f} seconds")
+        await cut_off(services, vm_id, late)
+        raise late
 
 
 async def _clone(services: Services, vm: Vm) -> None:

@@ -21,7 +21,7 @@ from agent.model.vm import State, Vm
 from . import images, library
 from .affinity import check_queue_cpus
 from .services import PROCESS_GONE, RESTING, Services
-from .start import Loading, launch, plan_launch, prepare
+from .start import Loading, cut_off, launch, plan_launch, prepare
 from .steps import step
 from .stop import KILL_LIMIT, begin_start, ended
 
@@ -58,6 +58,7 @@ async def restore(services: Services, caller: Caller, vm_id: str, name: str) -> 
         await go_on(services, vm_id, snapshot)
     if scope.cancelled_caught:
         late = TimedOut(f"VM {vm.name} was not restored within {_LIMIT:.0f} seconds")
+        await cut_off(services, vm_id, late)
         with trio.CancelScope(shield=True):
             await undo(services, vm_id, str(late))
         raise late

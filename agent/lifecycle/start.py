@@ -26,7 +26,7 @@ from agent.vmm.driver import Driver, Version, Vmm, VmmState
 from . import images
 from .affinity import check_queue_cpus
 from .pause import connected
-from .services import Services
+from .services import RESTING, Services
 from .steps import step
 from .stop import KILL_LIMIT, check_not_killed, describe_exit, ended, last_words, let_go
 
@@ -56,16 +56,18 @@ async def start(services: Services, vm_id: str) -> None:
     vm = services.vm(vm_id)
     if vm.state is State.RUNNING:
         return
-    if vm.state not in (State.CREATED, State.STOPPED, State.ERROR):
+    if vm.state not in RESTING:
         raise Invalid(f"VM {vm.name} is {vm.state}: start takes one that is created or stopped")
     with trio.move_on_after(_START_LIMIT) as scope:
         prepared, plan = await prepare(services, vm)
         await launch(services, prepared, plan)
     if scope.cancelled_caught:
-        raise TimedOut(
+        late = TimedOut(
             f"VM {vm.name} did not start within {_START_LIMIT:.0f} seconds: "
             f"see journalctl -u {vm.unit}"
         )
+        await cut_off(services, vm_id, late)
+        raise late
 
 
 async def recollect(services: Services, vm_id: str) -> Vm:
@@ -280,7 +282,11 @@ def _bound(services: Services, vm: Vm, loading: Loading) -> Iterator[Bind]:
 async def launch(
     services: Services, vm: Vm, plan: LaunchPlan, loading: Loading | None = None
 ) -> None:
-    """Start the unit and wait until the guest runs; else end it and leave the VM in error."""
+    """Start the unit and wait until the guest runs; else end it and leave the VM in error.
+
+    One that is cancelled because the agent stops is left as it is: the next agent adopts the VM.
+    Who cancels it for another reason calls `cut_off`.
+    """
     began, again = time.time(), bool(vm.started_at)
     try:
         if vm.state is State.ERROR:
@@ -330,12 +336,23 @@ async def launch(
             # In turn: a disk that is being added is in no record yet.
             remove = functools.partial(_remove_stale_disks, services, vm.id, unit.main_pid)
             services.in_turn(vm.id, remove)
-    except BaseException as error:
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + _UNDO_LIMIT):
-            if not isinstance(error, Exists):  # else the unit is somebody else's
-                await services.units.kill(vm, KILL_LIMIT)
-            await ended(services, vm.id, State.ERROR, reason="crash", error=str(error))
+    except Exception as error:
+        await _fail(services, vm, error)
         raise
+
+
+async def cut_off(services: Services, vm_id: str, late: TimedOut) -> None:
+    """End the VM whose launch was cancelled, if it had come so far, and leave it in error."""
+    vm = services.vm(vm_id)
+    if vm.state not in RESTING:
+        await _fail(services, vm, late)
+
+
+async def _fail(services: Services, vm: Vm, error: Exception) -> None:
+    with trio.CancelScope(shield=True, deadline=trio.current_time() + _UNDO_LIMIT):
+        if not isinstance(error, Exists):  # else the unit is somebody else's
+            await services.units.kill(vm, KILL_LIMIT)
+        await ended(services, vm.id, State.ERROR, reason="crash", error=str(error))
 
 
 async def loaded(services: Services, vm: Vm, plan: LaunchPlan, loading: Loading, pid: int) -> None:

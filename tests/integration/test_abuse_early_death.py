@@ -75,3 +75,32 @@ def test_what_a_start_has_taken_is_given_back_after_a_death_in_its_midst(agent, 
     assert not Path(f"/run/userdb/{uid}.user").exists()
     assert ACL not in os.listxattr(disk)
     disk.unlink()
+
+
+@pytest.mark.parametrize("kind", ["boot", "clone", "restore"])
+def test_a_start_that_takes_too_long_is_ended(request, agent, make_vm, kind):
+    if not request.config.option.long:
+        pytest.skip("waits for a minute: --long")
+    vm = make_vm()
+    snapshot = agent.mount / "snapshots" / f"late-{kind}.tar"
+    if kind != "boot":
+        vm.verb("start")
+        vm.write("snapshot", snapshot.stem)
+    if kind == "clone":
+        vm = make_vm(hypervisor=None, memory=None, boot=None)
+        vm.write("from", snapshot.stem)
+    drop_in = Path(f"/run/systemd/system/{vm.unit}.d/50-slow.conf")
+    drop_in.parent.mkdir()
+    drop_in.write_text("[Service]\nExecStartPost=+/bin/sleep 300\nTimeoutStartSec=infinity\n")
+    subprocess.run(["systemctl", "daemon-reload"], check=True, timeout=60)
+    with pytest.raises(TimeoutError):
+        vm.write("restore", snapshot.stem) if kind == "restore" else vm.verb("start")
+    drop_in.unlink()
+    subprocess.run(["systemctl", "daemon-reload"], check=True, timeout=60)
+    assert vm.state == "error"
+    assert "within" in vm.read("error")
+    assert vm.pid == 0
+    vm.verb("start")
+    vm.wait_counting()
+    if kind != "boot":
+        snapshot.unlink()
