@@ -122,13 +122,18 @@ def _snapshot(name: str, size: int, data: int) -> Iterator[tuple[str, str]]:
         os.unlink(tar)
 
 
+_TAKEN_BACK = 2.5  # seconds; Linux's free page reporting waits for two
+
+
 def _warm(path: str, size: int) -> None:
     """Write `size` bytes to a file that is removed again, with all else on the disk.
 
     The host of a VM may take memory back that is free for two seconds; to get it again takes
-    longer than to copy, for whatever writes large blocks.
+    longer than to copy, for whatever writes large blocks. It takes what was freed before in the
+    meantime: else it would take that of the warm file.
     """
     os.sync()
+    time.sleep(_TAKEN_BACK)
     piece = bytes(MIB)
     with open(path, "wb") as file:
         for _ in range(size // MIB):
