@@ -34,13 +34,13 @@ async def pause(services: Services, vm_id: str) -> None:
     vm = services.vm(vm_id)
     if vm.state is State.PAUSED:
         if not vm.user_paused:
-            services.note(vm_id, user_paused=True, reason="user-pause")
+            await _wished(services, vm_id, State.PAUSED)
         return
     if vm.state is not State.RUNNING:
         raise Invalid(f"VM {vm.name} is {vm.state}: pause takes a VM that is running")
     async with _within_limit(vm, "pause"), connected(services, vm) as vmm:
         await vmm.pause()
-    services.note(vm_id, state=State.PAUSED, user_paused=True, reason="user-pause")
+    await _wished(services, vm_id, State.PAUSED)
 
 
 async def resume(services: Services, vm_id: str) -> None:
@@ -52,7 +52,18 @@ async def resume(services: Services, vm_id: str) -> None:
         raise Invalid(f"VM {vm.name} is {vm.state}: resume takes a VM that is paused")
     async with _within_limit(vm, "resume"), connected(services, vm) as vmm:
         await vmm.resume()
-    services.note(vm_id, state=State.RUNNING, user_paused=False, reason="user-resume")
+    await _wished(services, vm_id, State.RUNNING)
+
+
+async def _wished(services: Services, vm_id: str, state: State) -> None:
+    """Record what the user wished, which the VMM has done; it is on disk when this returns.
+
+    The VMM could tell the next agent whether its guest stands still, but not by whose wish.
+    """
+    paused = state is State.PAUSED
+    reason = "user-pause" if paused else "user-resume"
+    services.note(vm_id, state=state, user_paused=paused, reason=reason)
+    await services.flush()
 
 
 async def resume_held(services: Services, operations: Operations) -> None:

@@ -1,5 +1,6 @@
 """What the operations work with, and how they record what they did."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
@@ -10,7 +11,7 @@ import trio
 
 from agent.console.consoles import Consoles
 from agent.index.store import Index
-from agent.model.errors import Missing
+from agent.model.errors import CocoonError, Missing
 from agent.model.vm import State, Vm
 from agent.storage.archive import Layout
 from agent.storage.images import ImageStore
@@ -100,6 +101,14 @@ class Services:
         await self.index.vms.save(vm, frees=frees)
         self.events.happened("MODIFIED", vm)
         return vm
+
+    async def flush(self) -> None:
+        """Wait until what was noted is on disk.
+
+        Where that fails it is done all the same, and goes with the next commit.
+        """
+        with contextlib.suppress(CocoonError):
+            await self.index.sync()
 
     def note_error(self, vm_id: str, error: str) -> None:
         """Set the sentence in the VM's `error` file; no transition, so no event."""

@@ -51,6 +51,8 @@ async def kill(services: Services, vm_id: str) -> None:
     try:
         await services.units.kill(vm, KILL_LIMIT)
         await ended(services, vm_id, State.STOPPED, reason="user-kill")
+        # To the next agent it would look like a crash.
+        await services.flush()
     finally:
         del services.killing[vm_id]
         over.set()

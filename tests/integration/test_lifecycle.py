@@ -128,6 +128,25 @@ def test_a_paused_vm_is_still_paused_after_the_agent_restarts(agent, make_vm):
     vm.wait_counting()
 
 
+@pytest.mark.parametrize(
+    ("verb", "state"), [("pause", "paused"), ("resume", "running"), ("kill", "stopped")]
+)
+def test_what_a_user_did_is_known_right_after_a_kill_of_the_agent(agent, make_vm, verb, state):
+    vm = make_vm(restart="on-failure")
+    vm.verb("start")
+    if verb == "resume":
+        vm.verb("pause")
+    host, vmm = agent.pid, vm.pid
+    vm.verb(verb)
+    os.kill(host, signal.SIGKILL)
+    if verb != "kill":
+        os.kill(vmm, signal.SIGSTOP)  # it tells nothing
+    agent.wait_ready(other_than=host)
+    assert vm.state == state
+    if verb != "kill":
+        os.kill(vmm, signal.SIGCONT)
+
+
 def test_systemctl_stop_is_the_same_graceful_stop(agent, make_vm):
     vm = make_vm()
     vm.verb("start")
