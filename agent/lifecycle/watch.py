@@ -100,7 +100,14 @@ async def settle(services: Services, vm_id: str) -> None:
             await services.open_console(vm)
             if vm.pid != unit.main_pid or vm.state not in _UP:
                 reason = "restart" if vm.pid not in (0, unit.main_pid) else vm.reason
-                services.note(vm_id, state=State.RUNNING, pid=unit.main_pid, reason=reason)
+                services.note(
+                    vm_id,
+                    state=State.RUNNING,
+                    pid=unit.main_pid,
+                    reason=reason,
+                    # Whether a clone has loaded its snapshot is for who knows that to tell.
+                    first_booted=vm.first_booted or not vm.from_snapshot,
+                )
                 services.background.start_soon(look_after, services, vm_id)
             if vm.changing is not None:
                 services.in_turn(vm_id, functools.partial(live.settle, services, vm_id))

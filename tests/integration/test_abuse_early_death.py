@@ -46,6 +46,7 @@ def test_a_vm_whose_start_was_not_written_down_goes_on(agent, make_vm, kind):
     agent.start()
     vm.wait_for_state("running")
     assert vm.pid == pid
+    assert json.loads(vm.read("info.json"))["first_booted"]
     vm.wait_counting()
     vm.verb("pause")
     vm.verb("resume")
