@@ -77,11 +77,12 @@ class ImportHandle(Handle):
 
     async def write(self, offset: int, data: bytes) -> int:
         """Take the next bytes; Refused(ESPIPE) for those before them."""
+        if self._arriving.refusal is None and offset < self._arriving.size:
+            # Who has brought nothing of it has nothing to complete.
+            raise Refused(errno.ESPIPE)
         self._written = True
         if self._arriving.refusal is not None:
             raise self._arriving.refusal
-        if offset < self._arriving.size:
-            raise Refused(errno.ESPIPE)
         with self._context.host.reporting(self._opener.caller):
             await self._arriving.write(offset, data)
         return len(data)

@@ -162,6 +162,20 @@ print("written", flush=True)
     nothing_left(agent, until)
 
 
+def test_a_second_writer_is_refused_and_spoils_nothing(images, raw):
+    data, middle = raw.read_bytes(), MIB
+    first = os.open(images / "one", os.O_WRONLY | os.O_CREAT)
+    os.write(first, data[:middle])
+    second = os.open(images / "one", os.O_WRONLY)
+    with refused(errno.ESPIPE):
+        os.write(second, data[:middle])
+    os.close(second)
+    for offset in range(middle, len(data), middle):
+        os.write(first, data[offset : offset + middle])
+    os.close(first)
+    assert sha256(images / "one") == sha256(raw)
+
+
 @pytest.mark.parametrize("step", ["begun", "whole", "recorded", "published", "ready"])
 @pytest.mark.thorough
 def test_an_agent_that_dies_in_an_import_leaves_all_of_it_or_nothing(
