@@ -142,7 +142,10 @@ class _UnixTransport(httpx.AsyncBaseTransport):
         while True:
             match protocol.next_event():
                 case h11.NEED_DATA:
-                    protocol.receive_data(await connection.recv(_READ_SIZE))
+                    received = await connection.recv(_READ_SIZE)
+                    if not received and not status:
+                        raise httpx.TransportError("it closed the connection")
+                    protocol.receive_data(received)
                 case h11.Response(status_code=status):
                     pass
                 case h11.Data(data=data):

@@ -198,10 +198,18 @@ async def test_a_reply_without_end_is_refused(serve, api, framing):
         await api().call("GET", "/", timeout=30)
 
 
-@pytest.mark.parametrize("garbage", [b"", b"\x00" * 50_000, b"HTTP/1.1 200 x\r\nContent-Length: 9"])
-async def test_a_vmm_that_breaks_off_or_talks_something_else_is_a_failure(serve, api, garbage):
+@pytest.mark.parametrize(
+    ("garbage", "why"),
+    [
+        (b"", "it closed the connection"),
+        (b"\x00" * 50_000, ""),
+        (b"HTTP/1.1 200 x\r\nContent-Length: 9", "it closed the connection"),
+        (b"HTTP/1.1 200 x\r\nContent-Length: 9\r\n\r\n{}", "peer closed connection"),
+    ],
+)
+async def test_a_vmm_that_breaks_off_or_talks_something_else_is_a_failure(serve, api, garbage, why):
     await serve(garbage)
-    with pytest.raises(Failed, match="broke off during GET /"):
+    with pytest.raises(Failed, match=f"broke off during GET /: {why}"):
         await api().call("GET", "/", timeout=5)
 
 
