@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .model import canonical
 from .model.errors import Invalid
 from .model.size import KIB, MIB, parse_size
 
@@ -86,5 +87,8 @@ def _checked(name: str, value: Any, where: str) -> Any:
         path = os.path.normpath(value)
         if not path.startswith("/") or path == "/":
             raise Invalid(f"{where}: {value!r} is not an absolute path below /")
+        if name == "run_dir" and f"{path}/".startswith(f"{canonical.ROOT}/"):
+            # What stops a VM finds the jail's files there instead.
+            raise Invalid(f"{where}: {value!r} is below {canonical.ROOT}: name another place")
         return path
     return value

@@ -5,7 +5,9 @@ depends on where it ran. They lie below the directories that Cocoon's default se
 (`/var/lib/cocoon`, `/var/lib/cocoon/run`), so that its archives and ours are interchangeable.
 """
 
-RUN = "/var/lib/cocoon/run"
+ROOT = "/var/lib/cocoon"
+"""Below this lies all that a VM is given as files."""
+RUN = f"{ROOT}/run"
 VM = f"{RUN}/vm"
 """The VM's own directory: disks, configuration, memory and state files."""
 SOCKETS = f"{RUN}/sock"
@@ -17,14 +19,14 @@ INITRD = f"{RUN}/initrd"
 FIRMWARE = f"{RUN}/firmware"
 DISKS = f"{RUN}/disk"
 """Host disks that root gave the VM, by number."""
-BINARY = "/bin/vmm"
+BINARY = f"{RUN}/vmm"
 COW = "cow.raw"
 """File name of the VM's own writable disk."""
 OVERLAY = "overlay.qcow2"
 """File name of the same where it holds what differs from a base image."""
 SEED = "cidata.img"
 """File name of the disk from which cloud-init learns what to do at a first boot."""
-BASES = "/var/lib/cocoon/cloudimg/blobs"
+BASES = f"{ROOT}/cloudimg/blobs"
 """Base images, read-only: where Cocoon keeps its own, so that overlays find theirs there too."""
 
 

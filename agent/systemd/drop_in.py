@@ -39,6 +39,9 @@ OOMPolicy=stop
 ExecStart=@{binary} ${{BACKEND}} $ARGUMENTS $BOOT_ARGUMENTS
 # On the host's root, as root. Both run without the agent.
 RootDirectoryStartOnly=yes
+# The VM's files are bound there, in the jail and, for the two commands below, on the host's root:
+# what they land on is made here, and nowhere else.
+TemporaryFileSystem={files}:ro
 ExecStop=-+{python} -I -S {stop} ${{BACKEND}} ${{RUN_DIRECTORY}} ${{VM_UID}} ${{STOP_TIMEOUT}}
 ExecStopPost=-+{python} -I -S {stop_post} ${{RUN_DIRECTORY}}
 
@@ -95,6 +98,7 @@ def drop_in(helpers: str, python: str) -> str:
         prefix=UNIT_PREFIX,
         slice=SLICE,
         binary=canonical.BINARY,
+        files=canonical.ROOT,
         python=_word(python),
         stop=_word(f"{helpers}/stop.py"),
         stop_post=_word(f"{helpers}/stop_post.py"),

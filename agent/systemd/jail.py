@@ -7,23 +7,10 @@ land on. Nothing in it can be written by a VMM.
 import os
 
 from agent.model import canonical
-from agent.model.config import MAXIMUM_DISKS
 
-_DIRECTORIES = (
-    canonical.VM,
-    canonical.SOCKETS,
-    canonical.DISKS,
-    canonical.BASES,
-    "/usr",
-    "/lib",
-    "/lib64",
-)
+_DIRECTORIES = (canonical.ROOT, "/usr", "/lib", "/lib64")
 _DEVICES = ("/dev/kvm", "/dev/net/tun", "/dev/null", "/dev/urandom", "/dev/userfaultfd")
 _FILES = (
-    canonical.BINARY,
-    canonical.KERNEL,
-    canonical.INITRD,
-    *(f"{canonical.DISKS}/{number}" for number in range(MAXIMUM_DISKS)),
     *_DEVICES,
     # systemd binds its notify socket there (NotifyAccess=).
     "/run/systemd/notify",
@@ -33,8 +20,8 @@ _FILES = (
 def make_jail(path: str) -> None:
     """Make the skeleton at `path`, or what is missing of it; raises OSError.
 
-    A target that is missing later (a path of another host's, named in its snapshot) is made by
-    systemd when it sets up the unit.
+    Below `canonical.ROOT` each unit has a filesystem of its own (see the drop-in), for what lands
+    there may be a path of another host's, named in its snapshot.
     """
     for directory in _DIRECTORIES:
         _make_directory(path + directory)

@@ -315,7 +315,7 @@ static void calls(void)
     CALL("mount tmpfs", syscall(SYS_mount, "none", "/var/lib/cocoon/run/vm", "tmpfs", 0, NULL));
     CALL("mount proc", syscall(SYS_mount, "none", "/var/lib/cocoon/run/vm", "proc", 0, NULL));
     CALL("remount root", syscall(SYS_mount, NULL, "/", NULL, 0x1020 /* MS_REMOUNT | MS_BIND */, NULL));
-    CALL("umount2", syscall(SYS_umount2, "/bin/vmm", 2));
+    CALL("umount2", syscall(SYS_umount2, "/var/lib/cocoon/run/vmm", 2));
     CALL("open_tree", syscall(SYS_open_tree, AT_FDCWD, "/", 1));
     CALL("fsopen", syscall(SYS_fsopen, "tmpfs", 0));
     CALL("pivot_root", syscall(SYS_pivot_root, "/", "/"));
@@ -343,7 +343,7 @@ static void calls(void)
     CALL("finit_module", syscall(SYS_finit_module, 0, "", 0));
     CALL("kexec_load", syscall(SYS_kexec_load, 0, 0, NULL, 0));
     CALL("reboot", syscall(SYS_reboot, 0, 0, 0, NULL));
-    CALL("swapon", syscall(SYS_swapon, "/bin/vmm", 0));
+    CALL("swapon", syscall(SYS_swapon, "/var/lib/cocoon/run/vmm", 0));
     CALL("syslog", syscall(SYS_syslog, 10 /* the buffer's size, which all may ask by default */, NULL, 0));
     CALL("clock_settime", syscall(SYS_clock_settime, 0, NULL));
     CALL("adjtimex", syscall(SYS_adjtimex, NULL));

@@ -346,6 +346,22 @@ def test_a_snapshot_with_paths_of_another_host_clones(agent, foreign_snapshot, c
 
 
 @pytest.mark.backends("firecracker")
+def test_the_paths_of_a_snapshot_are_made_for_its_clone_alone(agent, foreign_snapshot, clone):
+    """Else an archive could put a directory where other VMs need a file, or litter the host."""
+
+    def shared() -> set[Path]:
+        return {*Path("/run/cocoon/jail").rglob("*"), *agent.root_dir.glob("*")}
+
+    name = foreign_snapshot(f"{canonical.FIRMWARE}/cow.raw")
+    before = shared()
+    vm = clone(name)
+    vm.wait_counting()
+    vm.verb("stop")
+    assert shared() == before
+    assert not Path(canonical.RUN).exists()
+
+
+@pytest.mark.backends("firecracker")
 def test_the_vmms_state_counts_where_the_sidecar_says_otherwise(agent, foreign_snapshot, clone):
     """So it is in a snapshot that Cocoon took of a clone."""
     run = "/var/lib/cocoon/run/firecracker"

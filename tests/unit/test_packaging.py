@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from agent.model.config import KEYS
+from agent.model.errors import Invalid
 from agent.settings import Settings, load_settings
 
 TREE = Path(__file__).resolve().parents[2]
@@ -34,6 +35,12 @@ def test_the_example_of_settings_has_every_setting_with_its_default(tmp_path: Pa
         shown = tomllib.load(opened)
     assert set(shown) == {field.name for field in dataclasses.fields(Settings)}
     assert load_settings({"config": str(file)}, {}) == Settings()
+
+
+def test_what_ends_at_reboot_is_not_where_the_jails_files_are() -> None:
+    assert load_settings({"run_dir": "/var/lib/cocoon-run"}, {}).run_dir == "/var/lib/cocoon-run"
+    with pytest.raises(Invalid, match="--run-dir: '/var/lib/cocoon/run' is below /var/lib/cocoon"):
+        load_settings({"run_dir": "/var/lib/cocoon/run"}, {})
 
 
 def test_the_manual_page_is_set_without_warnings() -> None:

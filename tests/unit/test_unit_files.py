@@ -72,11 +72,11 @@ def test_the_skeleton_is_completed_and_otherwise_left_alone(tmp_path):
     jail = tmp_path / "jail"
     make_jail(str(jail))
     before = {path: path.lstat().st_ino for path in jail.rglob("*")}
-    (jail / "bin/vmm").unlink()
+    (jail / "dev/kvm").unlink()
     make_jail(str(jail))
     after = {path: path.lstat().st_ino for path in jail.rglob("*")}
     assert before.keys() == after.keys()
-    assert {path for path in before if before[path] != after[path]} <= {jail / "bin/vmm"}
+    assert {path for path in before if before[path] != after[path]} <= {jail / "dev/kvm"}
 
 
 def test_a_user_is_made_known_and_forgotten(tmp_path):

@@ -54,7 +54,7 @@ def test_the_vms_directory_and_its_sockets_are_all_that_is_bound_writable():
 
 def test_the_program_and_its_devices_are_bound_read_only():
     assert targets(values(), "BindReadOnlyPaths") == {
-        "/bin/vmm": PLAN.binary,
+        "/var/lib/cocoon/run/vmm": PLAN.binary,
         "/dev/kvm": "/dev/kvm",
     }
 
