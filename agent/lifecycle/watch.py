@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import time
 
 import trio
 
@@ -100,13 +101,14 @@ async def settle(services: Services, vm_id: str) -> None:
             await services.open_console(vm)
             if vm.pid != unit.main_pid or vm.state not in _UP:
                 reason = "restart" if vm.pid not in (0, unit.main_pid) else vm.reason
+                # An agent that died right after the VM's first start may not have recorded it.
                 services.note(
                     vm_id,
                     state=State.RUNNING,
                     pid=unit.main_pid,
                     reason=reason,
-                    # Whether a clone has loaded its snapshot is for who knows that to tell.
-                    first_booted=vm.first_booted or not vm.from_snapshot,
+                    first_booted=not vm.is_to_be_cloned,
+                    started_at=vm.started_at or time.time(),
                 )
                 services.background.start_soon(look_after, services, vm_id)
             if vm.changing is not None:

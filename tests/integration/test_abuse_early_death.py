@@ -59,6 +59,26 @@ def test_a_vm_whose_start_was_not_written_down_goes_on(agent, make_vm, kind):
         snapshot.unlink()
 
 
+def test_a_vm_whose_first_start_was_not_written_down_has_been_started(agent, make_vm):
+    source, vm = make_vm(), make_vm(storage="8M")
+    snapshot = agent.mount / "snapshots" / "early-from.tar"
+    source.verb("start")
+    source.write("snapshot", snapshot.stem)
+    vm.verb("start")
+    agent.stop()
+    forget_start(agent, vm.name)
+    agent.start()
+    info = json.loads(vm.read("info.json"))
+    assert info["first_booted"]
+    assert info["started_at"]
+    vm.verb("stop")
+    # Its disk would go.
+    for key, value in (("from", snapshot.stem), ("storage", "4M")):
+        with pytest.raises(OSError, match="Invalid argument"):
+            vm.write(key, value)
+    snapshot.unlink()
+
+
 def test_what_a_start_has_taken_is_given_back_after_a_death_in_its_midst(agent, make_vm):
     disk = Path("/run/lab-lent")
     disk.write_bytes(bytes(1 << 20))
