@@ -106,7 +106,7 @@ async def _recover_restore(services: Services, vm: Vm, active: str) -> None:
     elif exchanged and active == "active" and found is not None and await _runs(services, vm):
         restored = restore.restored(services, vm, found)
         await _complete(services, restored, Loading(found, "restore", State.RESTORING))
-        await services.index.sync()
+        await services.index.sync(frees=True)
         await tree.in_thread("removing a VM's old files", store.forget_old, vm)
     elif source is not None:
         await services.units.kill(vm, KILL_LIMIT)

@@ -78,6 +78,8 @@ async def _stage(services: Services, vm: Vm, snapshot: Snapshot) -> None:
     planned = restored(services, vm, snapshot)
     await plan_launch(services.drivers, planned, loads=True, nics=snapshot.nics)
     tree, store = services.tree, services.snapshots
+    # Else this restore would take what an earlier one could not remove for the VM's own files.
+    await tree.in_thread("removing a VM's old files", store.forget_old, vm)
     await tree.in_thread("storing a kernel", store.store_boot, snapshot)
     await tree.in_thread(f"staging snapshot {snapshot.name}", store.stage_restore, snapshot, vm)
     try:
@@ -128,7 +130,7 @@ async def go_on(services: Services, vm_id: str, snapshot: Snapshot) -> None:
             await undo(services, vm_id, str(error))
         raise
     step("restore:running")
-    await services.index.sync()
+    await services.index.sync(frees=True)
     step("restore:synced")
     await tree.in_thread("removing a VM's old files", store.forget_old, vm)
     step("restore:forgotten")

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -156,3 +157,17 @@ def test_a_clone_goes_back_to_where_it_came_from(taken, make_vm):
     lines = len(vm.counts)
     vm.write("restore", name)
     counts_again(vm, lines, before)
+
+
+def test_what_a_restore_left_behind_is_not_what_the_next_one_goes_back_to(agent, taken):
+    vm, name, _ = taken
+    directory = agent.root_dir / "vms" / vm.read("id")
+    left = directory.with_name(f"{directory.name}.old")
+    # As after a restore whose last step, removing what it has replaced, failed.
+    shutil.copytree(directory, left)
+    (left / "stale").touch()
+    vm.write("restore", name)
+    assert vm.state == "running"
+    assert not left.exists()
+    assert not (directory / "stale").exists()
+    settled(agent)
