@@ -201,5 +201,6 @@ def _status(host: Host) -> str:
 
 def _autostart(host: Host) -> None:
     for vm in host.vms():
-        if vm.config.autostart and vm.state in (State.STOPPED, State.CREATED):
+        # Whatever it ended with before the boot; what is still to be recovered has its turn first.
+        if vm.config.autostart and vm.state not in (State.RUNNING, State.PAUSED):
             host.command(AGENT, vm.id, "start")

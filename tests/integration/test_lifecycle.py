@@ -389,6 +389,18 @@ def test_after_a_boot_of_the_host_vms_are_stopped_and_those_with_autostart_start
     auto.wait_for_state("running")
 
 
+def test_a_vm_in_error_starts_with_the_host_too(agent, make_vm, until):
+    vm = make_vm(autostart=True)
+    vm.verb("start")
+    os.kill(vm.pid, signal.SIGKILL)
+    vm.wait_for_state("error")
+    agent.stop()
+    systemctl("reset-failed", vm.unit)
+    subprocess.run("rm -rf /run/cocoon/*", shell=True, check=True)
+    agent.start()
+    vm.wait_for_state("running")
+
+
 def test_a_vm_starts_while_the_mount_is_dead_and_the_agent_comes_back_on_it(agent, make_vm):
     vm = make_vm(restart="on-failure")
     vm.verb("start")
