@@ -88,9 +88,10 @@ async def _settle(services: Services, vm: Vm) -> None:
 
 async def settle_without_process(services: Services, vm: Vm) -> None:
     """Record what became of a VM that has no process any more."""
+    record = services.exit_record(vm)
     if vm.state is State.DELETING:
         await finish_removal(services, vm)
-    elif vm.state is State.STARTING and services.exit_record(vm) is None:
+    elif vm.state is State.STARTING and (record is None or record.time < vm.started_at):
         lost = "the agent went away while the VM was starting: start it again"
         await ended(services, vm.id, State.STOPPED, reason="agent-restart", error=lost)
     else:

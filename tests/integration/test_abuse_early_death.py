@@ -4,6 +4,7 @@ import json
 import os
 import sqlite3
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -11,23 +12,29 @@ import pytest
 ACL = "system.posix_acl_access"
 
 
-def forget_start(agent, name):
-    """Put the VM's row to what it was before its first start."""
+def change_record(agent, name, **values):
+    """Change the VM's row, while there is no agent."""
     with sqlite3.connect(agent.root_dir / "index.db") as index:
         ((vm_id, text),) = index.execute("SELECT id, record FROM vms WHERE name = ?", (name,))
-        before = {
-            "state": "created",
-            "hypervisor": "",
-            "hypervisor_version": "",
-            "pid": 0,
-            "first_booted": False,
-            "started_at": 0,
-        }
-        record = json.loads(text) | before
-        if not record["from_snapshot"]:
+        record = json.loads(text) | values
+        if values["state"] == "created" and not record["from_snapshot"]:
             record["booted"] = {"kernel": "", "initrd": "", "source": None}
         index.execute("UPDATE vms SET record = ? WHERE id = ?", (json.dumps(record), vm_id))
     index.close()
+
+
+def forget_start(agent, name):
+    """Put the VM's row to what it was before its first start."""
+    change_record(
+        agent,
+        name,
+        state="created",
+        hypervisor="",
+        hypervisor_version="",
+        pid=0,
+        first_booted=False,
+        started_at=0,
+    )
 
 
 @pytest.mark.parametrize("kind", ["boot", "clone"])
@@ -77,6 +84,18 @@ def test_a_vm_whose_first_start_was_not_written_down_has_been_started(agent, mak
         with pytest.raises(OSError, match="Invalid argument"):
             vm.write(key, value)
     snapshot.unlink()
+
+
+def test_a_later_start_that_had_not_come_to_the_unit_is_told_as_one(agent, make_vm):
+    vm = make_vm()
+    vm.verb("start")
+    vm.verb("stop")
+    agent.stop()
+    change_record(agent, vm.name, state="starting", reason="boot", started_at=time.time())
+    agent.start()
+    assert vm.state == "stopped"
+    assert json.loads(vm.read("info.json"))["reason"] == "agent-restart"
+    assert "start it again" in vm.read("error")
 
 
 def test_what_a_start_has_taken_is_given_back_after_a_death_in_its_midst(agent, make_vm):
