@@ -2,7 +2,7 @@
 
 import logging
 import secrets
-from collections.abc import Container
+from collections.abc import Iterable
 
 import trio
 
@@ -23,13 +23,14 @@ _ASK_LIMIT = 5.0  # seconds that one VMM has to say whether it is paused
 _log = logging.getLogger(__name__)
 
 
-async def reconcile(services: Services, unfinished: Container[Vm] = ()) -> list[Vm]:
+async def reconcile(services: Services, unfinished: Iterable[Vm] = ()) -> list[Vm]:
     """Adopt running units, notice those that ended, finish removals; before anybody may ask.
 
     Leaves the VMs `unfinished` alone. Returns the VMs that run, for `ask_vmms`.
     """
     units = await services.units.names()
     users = await services.tree.in_thread("listing the users of VMs", known_users)
+    recovered = {vm.id for vm in unfinished}
     alive = []
     async with trio.open_nursery() as nursery:
         for vm in services.index.vms.all():
@@ -37,7 +38,7 @@ async def reconcile(services: Services, unfinished: Container[Vm] = ()) -> list[
             if vm.uid in users and vm.state in RESTING and not (is_alive or vm.restoring):
                 # The agent died in the midst of a start.
                 nursery.start_soon(_let_go, services, vm)
-            if vm in unfinished:
+            if vm.id in recovered:
                 continue
             if is_alive:
                 alive.append(vm)
