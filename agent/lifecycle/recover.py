@@ -123,8 +123,11 @@ async def _go_on_as_before(services: Services, vm: Vm) -> None:
     store = services.snapshots
     await settle(services, vm.id)
     await services.tree.in_thread("removing a staged restore", store.unstage_restore, vm)
-    async with connected(services, vm) as vmm:
-        paused = await vmm.state(timeout=_ASK_LIMIT) is VmmState.PAUSED
+    paused = vm.user_paused
+    # One that does not answer is not to be restored later, when nobody expects it.
+    with contextlib.suppress(CocoonError):
+        async with connected(services, vm) as vmm:
+            paused = await vmm.state(timeout=_ASK_LIMIT) is VmmState.PAUSED
     await services.save(
         vm.id,
         restoring="",

@@ -342,3 +342,23 @@ def at_random(
             whole(agent, found, make_vm, tmp_path)
     clone.remove()
     vm.remove()
+
+
+@pytest.mark.backends("firecracker")
+def test_a_restore_that_was_cut_off_beside_a_hung_vmm_does_not_come_later(
+    agent, make_vm, until, name
+):
+    with dying_at(agent, "restore:recorded"):
+        vm = started(make_vm)
+        vm.write("snapshot", name)
+        os.kill(vm.pid, signal.SIGSTOP)
+        with away():
+            vm.write("restore", name)
+        died(agent, until)
+        vm.wait_for_state("running")
+    vm.verb("kill")
+    vm.verb("start")
+    vm.verb("stop")
+    agent.restart()
+    time.sleep(1)
+    assert vm.state == "stopped"
