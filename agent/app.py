@@ -115,9 +115,10 @@ async def run(settings: Settings, load: Callable[[], Settings]) -> None:
                 nursery.cancel_scope.cancel,
                 functools.partial(_reload, load),
             )
+            # Before anybody may ask for something: that waits for the answers.
+            ask_vmms(services, running)
             async with mounted(host, settings.mount):
                 service.ready()
-                nursery.start_soon(ask_vmms, services, running)
                 nursery.start_soon(resume_held, services, operations)
                 nursery.start_soon(service.feed_watchdog, settings.mount)
                 nursery.start_soon(service.show_status, functools.partial(_status, host))

@@ -1,5 +1,6 @@
 """The truth after a restart: what the records say, made to agree with what systemd runs."""
 
+import functools
 import logging
 import secrets
 from collections.abc import Iterable
@@ -131,11 +132,10 @@ def _write_run_id(path: str, run_id: str) -> None:
         file.write(run_id)
 
 
-async def ask_vmms(services: Services, running: list[Vm]) -> None:
-    """Ask each VMM whether it is paused; one that hangs delays nobody else."""
-    async with trio.open_nursery() as nursery:
-        for vm in running:
-            nursery.start_soon(_ask_vmm, services, vm)
+def ask_vmms(services: Services, running: list[Vm]) -> None:
+    """Ask each VMM in its VM's turn whether it is paused; one that hangs delays no other VM."""
+    for vm in running:
+        services.in_turn(vm.id, functools.partial(_ask_vmm, services, vm))
 
 
 async def _ask_vmm(services: Services, vm: Vm) -> None:
