@@ -349,8 +349,18 @@ async def _complete(
     try:
         await services.index.snapshots.save(ready)
     except BaseException:
-        # Cancelled, too: a VM that goes on must not be one that hibernates.
-        services.index.vms.note(before)
+        # Cancelled, too: a VM that goes on must not be one that hibernates. It may have ended, too.
+        last = services.vm(vm.id)
+        going = before if hibernate and last.state is State.STOPPING else last
+        services.index.vms.note(
+            dataclasses.replace(
+                last,
+                state=going.state,
+                reason=going.reason,
+                snapshots=before.snapshots,
+                dirty_base=before.dirty_base,
+            )
+        )
         raise
     services.events.happened("ADDED", ready, pause_ms=ready.pause_ms)
     step(f"{what}:ready")
