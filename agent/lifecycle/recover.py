@@ -7,6 +7,7 @@ saved goes on, unless its user had paused it.
 
 import contextlib
 import logging
+from collections.abc import Iterator
 
 import trio
 
@@ -26,6 +27,7 @@ from .stop import KILL_LIMIT, ended
 from .watch import settle
 
 _ASK_LIMIT = 10.0  # seconds for one question to a VMM
+_ASK_AGAIN = 0.1  # seconds
 _SAVING_LIMIT = 600.0  # seconds for a VMM to finish writing what an agent asked for that is gone
 _log = logging.getLogger(__name__)
 
@@ -85,6 +87,7 @@ async def _recover_saving(services: Services, vm: Vm) -> None:
                 raise Failed(f"VM {vm.name} does not go on after its snapshot: {error}") from error
         if await _has_ended(services, vm):
             return
+        await trio.sleep(_ASK_AGAIN)
     services.note(vm.id, state=State.PAUSED if vm.user_paused else State.RUNNING)
     _, plan = await plan_launch(services.drivers, vm, loads=True)
     await services.units.set_properties(vm, memory_limit(plan.memory))
@@ -163,34 +166,42 @@ async def clear_snapshots(services: Services) -> None:
     """
     store, tree = services.snapshots, services.tree
     for record in services.index.snapshots.all():
-        try:
+        with _logged(f"snapshot {record.name}"):
             match record.state:
                 case SnapshotState.PENDING:
                     await _drop(services, record)
                 case SnapshotState.DELETING:
                     await library.finish_removal(services, record)
-        except CocoonError as error:
-            _log.error("snapshot %s is not removed yet: %s", record.name, error)
     for snapshot_id in await tree.in_thread("looking for unfinished snapshots", store.stagings):
-        await tree.in_thread("removing an unfinished snapshot", store.discard, snapshot_id)
+        with _logged(f"what is left of snapshot {snapshot_id}"):
+            await tree.in_thread("removing an unfinished snapshot", store.discard, snapshot_id)
     for vm_id in await tree.in_thread("looking for old files of VMs", store.leftovers):
         vm = services.index.vms.get(vm_id)
         if vm is not None and not vm.restoring:
-            await tree.in_thread("removing old files of a VM", store.forget_old, vm)
-            await tree.in_thread("removing a staged restore", store.unstage_restore, vm)
+            with _logged(f"what is left of a restore of VM {vm.name}"):
+                await tree.in_thread("removing old files of a VM", store.forget_old, vm)
+                await tree.in_thread("removing a staged restore", store.unstage_restore, vm)
 
 
 async def clear_images(services: Services) -> None:
     """Remove images that never were complete, and those whose removal had begun; as the above."""
     store, tree = services.images, services.tree
     for record in services.index.images.all():
-        try:
+        with _logged(f"image {record.name}"):
             if record.state is not ImageState.READY:
                 await images.finish_removal(services, record)
-        except CocoonError as error:
-            _log.error("image %s is not removed yet: %s", record.name, error)
     for image_id in await tree.in_thread("looking for unfinished images", store.stagings):
-        await tree.in_thread("removing an unfinished image", store.clear, image_id)
+        with _logged(f"what is left of image {image_id}"):
+            await tree.in_thread("removing an unfinished image", store.clear, image_id)
+
+
+@contextlib.contextmanager
+def _logged(what: str) -> Iterator[None]:
+    """Let what cannot be removed keep no agent from starting: the next one tries again."""
+    try:
+        yield
+    except CocoonError as error:
+        _log.error("%s is not removed yet: %s", what, error)
 
 
 async def _drop(services: Services, record: Snapshot) -> None:

@@ -144,3 +144,16 @@ def test_a_start_that_takes_too_long_is_ended(request, agent, make_vm, kind):
     vm.wait_counting()
     if kind != "boot":
         snapshot.unlink()
+
+
+@pytest.mark.parametrize("kind", ["snapshots", "images"])
+def test_what_cannot_be_removed_keeps_no_agent_from_starting(agent, kind):
+    agent.stop()
+    left = agent.root_dir / kind / f"{'a' * 26}.staging"
+    left.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", left], check=True, timeout=60)
+    agent.start()
+    assert any(f"{'a' * 26} is not removed yet" in line for line in agent.lines())
+    subprocess.run(["umount", left], check=True, timeout=60)
+    agent.restart()
+    assert not left.exists()
