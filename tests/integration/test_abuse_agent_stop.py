@@ -47,6 +47,7 @@ def test_an_agent_that_is_stopped_in_an_operation_leaves_at_once(agent, make_vm,
             left.unlink()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("operation", ["start", "clone"])
 @pytest.mark.parametrize("moment", [0, 0.005, 0.01, 0.015, 0.02])
 def test_a_start_that_is_cut_off_is_no_error(agent, make_vm, until, operation, moment):
