@@ -29,7 +29,7 @@ from .snapshot import (
     load_object,
 )
 
-TRUSTED_ROOT = "/var/lib/cocoon"
+TRUSTED_ROOT = canonical.ROOT
 """Below this lies every path that a snapshot may want bound: Cocoon's default settings."""
 
 VMSTATE = STATE_FILES["firecracker"].state
@@ -143,8 +143,12 @@ def vmstate_paths(vmstate: bytes) -> tuple[str, ...]:
 
 
 def check_path(path: str, what: str) -> str:
-    """Return `path` normalised; raise Invalid when it is not below `TRUSTED_ROOT`."""
+    """Return `path` normalised; raise Invalid when nothing may be bound there."""
     normal = posixpath.normpath(path)
+    if _is_in_reach(normal):
+        raise Invalid(
+            f"{what} names the path {path[:120]!r}, on the way to which a VM may put links"
+        )
     if (
         not normal.startswith(TRUSTED_ROOT + "/")
         or len(path.encode()) > _PATH_LENGTH
@@ -246,7 +250,17 @@ def _file_of(disk: SnapshotDisk, present: set[str]) -> str | None:
 
 
 def _is_trusted(path: str) -> bool:
-    return posixpath.normpath(path).startswith(TRUSTED_ROOT + "/")
+    normal = posixpath.normpath(path)
+    return normal.startswith(TRUSTED_ROOT + "/") and not _is_in_reach(normal)
+
+
+def _is_in_reach(normal: str) -> bool:
+    """Whether the way to what is bound there leads through what a VMM writes to.
+
+    systemd follows links on that way as root.
+    """
+    below = normal.startswith((f"{canonical.VM}/", f"{canonical.SOCKETS}/"))
+    return below and posixpath.dirname(normal) != canonical.VM
 
 
 def _show_disk(disk: SnapshotDisk) -> dict[str, Any]:

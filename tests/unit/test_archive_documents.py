@@ -6,6 +6,7 @@ from archives import OWN_DISK, vmstate
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.model import canonical
 from agent.model.access import Access
 from agent.model.errors import CocoonError, Damaged, Invalid
 from agent.model.sidecar import (
@@ -281,6 +282,18 @@ def test_more_paths_for_one_disk_than_a_vm_can_have_are_refused():
 )
 def test_a_path_below_the_trusted_root_is_normalised(path, normal):
     assert check_path(path, "x") == normal
+
+
+@pytest.mark.parametrize("path", [f"{canonical.VM}/a/cow.raw", f"{canonical.SOCKETS}/cow.raw"])
+def test_a_path_through_what_a_vm_writes_to_is_not_bound(path):
+    with pytest.raises(Invalid, match="a VM may put links"):
+        check_path(path, "x")
+    # A guest may have planted it beside the one that counts.
+    own = f"{canonical.ROOT}/a/cow.raw"
+    names = {"vmstate": vmstate(path, own), "mem": b"", "cow.raw": b"", "data-a.raw": b""}
+    names["cocoon.json"] = show_sidecar(SIDECAR)
+    files = [SnapshotFile(name, len(content)) for name, content in names.items()]
+    assert [bound.path for bound in complete(SNAPSHOT, files, names.__getitem__).bound] == [own]
 
 
 @pytest.mark.parametrize(
