@@ -1,10 +1,13 @@
 """Clones: a VM whose first start goes on from a snapshot."""
 
+import logging
+
 import trio
 
 from agent.model.access import Caller
 from agent.model.errors import CocoonError, Invalid, Missing, TimedOut
 from agent.model.pinned import boot_files, pin
+from agent.model.snapshot import SnapshotState
 from agent.model.vm import Vm
 
 from . import images, library
@@ -14,6 +17,7 @@ from .start import Loading, cut_off, launch, prepare, start
 from .steps import step
 
 _LIMIT = 60.0  # seconds, from the contract's table of verbs
+_log = logging.getLogger(__name__)
 
 
 async def set_source(services: Services, caller: Caller, vm_id: str, name: str) -> None:
@@ -86,12 +90,33 @@ async def _clone(services: Services, vm: Vm) -> None:
         raise
     await launch(services, vm, plan, loading)
     step("clone:running")
-    services.background.start_soon(_sync, services, vm)
+    services.background.start_soon(write_out, services, vm.id)
 
 
-async def _sync(services: Services, vm: Vm) -> None:
-    """Write out the disks, which nobody else would before the guest asks for it."""
+async def write_out(services: Services, vm_id: str) -> None:
+    """Write out the clone's disks, which nobody else would before the guest asks for it."""
+    vm = services.index.vms.get(vm_id)
+    if vm is None:
+        return
     try:
         await services.tree.in_thread("writing disks out", services.snapshots.sync_disks, vm)
-    except CocoonError:
-        return  # removed already
+        services.note(vm_id, unwritten=False)
+    except CocoonError as error:
+        if services.index.vms.get(vm_id) is not None:  # else it was removed meanwhile
+            _log.error("the disks of VM %s are not written out: %s", vm.name, error)
+
+
+async def clone_again(services: Services, vm_id: str) -> None:
+    """Let a clone whose disks were not written out when the host went down be one anew.
+
+    Its guest had run for seconds, and what is on its disks may have holes.
+    """
+    vm = services.vm(vm_id)
+    snapshot = services.index.snapshots.get(vm.from_snapshot)
+    lost = f"the host went down before the disks of VM {vm.name} were written out: "
+    if snapshot is not None and snapshot.state is SnapshotState.READY:
+        lost += f"its next start clones snapshot {snapshot.name} again"
+        services.note(vm_id, first_booted=False, unwritten=False, error=lost)
+    else:
+        lost += "they may be damaged, and its snapshot is gone; remove it"
+        services.note(vm_id, unwritten=False, error=lost)

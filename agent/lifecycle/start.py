@@ -372,6 +372,7 @@ async def loaded(services: Services, vm: Vm, plan: LaunchPlan, loading: Loading,
         restored_by=plan.restore_mode,
         user_paused=False,
         first_booted=True,
+        unwritten=loading.state is State.STARTING,  # those of a restore are written first
         restoring="",
         changing=None,
         seed=vm.seed,

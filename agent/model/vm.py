@@ -102,6 +102,7 @@ class Vm:
     VMM knows several ways. `seed` is the instance id in the seed that is, or was last, among its
     disks, "" for none; `seeded` the one with which a guest on its disks has booted. `changing` is
     what the configuration of a VM that runs was to become, until it is known what it became.
+    `unwritten` tells of a clone whose disks may not be wholly on the host's disk yet.
     """
 
     id: str
@@ -123,6 +124,7 @@ class Vm:
     dirty_base: DirtyBase | None = None
     restored_by: str = ""
     first_booted: bool = False
+    unwritten: bool = False
     seed: str = ""
     seeded: str = ""
     changing: VmConfig | None = None

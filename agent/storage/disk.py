@@ -62,7 +62,8 @@ def _make(directory: int, file: DiskFile, uid: int, base: str) -> None:
     if is_copy:
         source = os.open(base, os.O_RDONLY | _FLAGS)
         try:
-            copy_file(source, directory, fresh, sync=False)
+            # The guest will take for granted that it is on the disk.
+            copy_file(source, directory, fresh)
         finally:
             os.close(source)
     else:

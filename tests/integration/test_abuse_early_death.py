@@ -17,7 +17,7 @@ def change_record(agent, name, **values):
     with sqlite3.connect(agent.root_dir / "index.db") as index:
         ((vm_id, text),) = index.execute("SELECT id, record FROM vms WHERE name = ?", (name,))
         record = json.loads(text) | values
-        if values["state"] == "created" and not record["from_snapshot"]:
+        if values.get("state") == "created" and not record["from_snapshot"]:
             record["booted"] = {"kernel": "", "initrd": "", "source": None}
         index.execute("UPDATE vms SET record = ? WHERE id = ?", (json.dumps(record), vm_id))
     index.close()
