@@ -74,20 +74,20 @@ class CloudHypervisor:
         self, path: str = "", *, device: bool | None = None, unprivileged: bool | None = None
     ) -> None:
         """`device` and `unprivileged` are the ways to userfaultfd; None looks at the host."""
-        self._program = Program("cloud-hypervisor", r"cloud-hypervisor v(\d+)\.(\d+)", path)
+        self._program = Program(
+            "cloud-hypervisor",
+            path,
+            title="Cloud Hypervisor",
+            pattern=r"cloud-hypervisor v(\d+)\.(\d+)",
+            minimum=MINIMUM_VERSION,
+            remedy="see https://github.com/cloud-hypervisor/cloud-hypervisor/releases",
+        )
         self._device = device
         self._unprivileged = unprivileged
 
     async def version(self) -> Version:
         """Return the program and its version; see Driver."""
-        version = await self._program.version()
-        if version.numbers < MINIMUM_VERSION:
-            raise Unsupported(
-                f"{version.binary} is Cloud Hypervisor {version.text}: versions from "
-                f"{'.'.join(map(str, MINIMUM_VERSION))} work, see "
-                "https://github.com/cloud-hypervisor/cloud-hypervisor/releases"
-            )
-        return version
+        return await self._program.version()
 
     async def obstacle(self) -> str:
         """Return why KVM does not run guests here; see Driver."""

@@ -57,19 +57,19 @@ class Firecracker:
 
     def __init__(self, path: str = "", *, io_uring: bool | None = None) -> None:
         """`io_uring` says whether VMMs may use it; None asks the kernel."""
-        self._program = Program("firecracker", r"Firecracker v(\d+)\.(\d+)\.(\d+)", path)
+        self._program = Program(
+            "firecracker",
+            path,
+            title="Firecracker",
+            pattern=r"Firecracker v(\d+)\.(\d+)\.(\d+)",
+            minimum=MINIMUM_VERSION,
+            remedy="see https://github.com/firecracker-microvm/firecracker/releases",
+        )
         self._io_uring = _io_uring_allowed() if io_uring is None else io_uring
 
     async def version(self) -> Version:
         """Return the program and its version; see Driver."""
-        version = await self._program.version()
-        if version.numbers < MINIMUM_VERSION:
-            raise Unsupported(
-                f"{version.binary} is Firecracker {version.text}: versions from "
-                f"{'.'.join(map(str, MINIMUM_VERSION))} work, see "
-                "https://github.com/firecracker-microvm/firecracker/releases"
-            )
-        return version
+        return await self._program.version()
 
     async def obstacle(self) -> str:
         """Return why KVM does not run guests here; see Driver."""

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import trio
 
-from agent.model.errors import Failed, Missing, TimedOut
+from agent.model.errors import Failed, Missing, TimedOut, Unsupported
 
 from .driver import Version
 
@@ -21,19 +21,34 @@ _PROGRAM_INTERPRETER = 3  # PT_INTERP, elf(5)
 class Program:
     """One VMM program: `name` on root's PATH, or the path that the settings give."""
 
-    def __init__(self, name: str, pattern: str, path: str = "") -> None:
-        """`pattern` finds the version in what `--version` prints; its groups are the numbers."""
+    def __init__(
+        self,
+        name: str,
+        path: str,
+        *,
+        title: str,
+        pattern: str,
+        minimum: tuple[int, ...],
+        remedy: str,
+    ) -> None:
+        """`pattern` finds the version in what `--version` prints; its groups are the numbers.
+
+        Errors call it `title`; `remedy` is what to do about a version before `minimum`.
+        """
         self._name = name
+        self._title = title
         self._pattern = re.compile(pattern)
         self._path = path
+        self._minimum = minimum
+        self._remedy = remedy
         self._known: tuple[tuple[object, ...], Version] | None = None
         self._asking = trio.Lock()
 
     async def version(self) -> Version:
         """Return the program's path and version.
 
-        Raises Missing when there is none, Failed or TimedOut when it does not say its version. A
-        cancellation waits for the program, which has 10 s.
+        Raises Missing when there is none, Unsupported when it is too old, Failed or TimedOut when
+        it does not say its version. A cancellation waits for the program, which has 10 s.
         """
         async with self._asking:
             # Part of every start: a few looks at local directories, cheaper than a thread for them.
@@ -42,7 +57,13 @@ class Program:
             identity = (path, facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
             if self._known is None or self._known[0] != identity:
                 self._known = identity, await trio.to_thread.run_sync(self._ask, path)
-            return self._known[1]
+            version = self._known[1]
+        if version.numbers < self._minimum:
+            raise Unsupported(
+                f"{version.binary} is {self._title} {version.text}: versions from "
+                f"{'.'.join(map(str, self._minimum))} work, {self._remedy}"
+            )
+        return version
 
     def _find(self) -> str:
         found = shutil.which(self._path or self._name)

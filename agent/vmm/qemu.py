@@ -82,18 +82,19 @@ class Qemu:
 
     def __init__(self, path: str = "", *, accelerated: bool | None = None) -> None:
         """`accelerated` says whether guests run on KVM; None asks it, once."""
-        pattern = r"QEMU emulator version (\d+)\.(\d+)\.(\d+)"
-        self._program = Program("qemu-system-x86_64", pattern, path)
+        self._program = Program(
+            "qemu-system-x86_64",
+            path,
+            title="QEMU",
+            pattern=r"QEMU emulator version (\d+)\.(\d+)\.(\d+)",
+            minimum=MINIMUM_VERSION,
+            remedy="install a newer one",
+        )
         self._kvm = accelerated
 
     async def version(self) -> Version:
         """Return the program and its version; see Driver."""
         version = await self._program.version()
-        if version.numbers < MINIMUM_VERSION:
-            raise Unsupported(
-                f"{version.binary} is QEMU {version.text}: versions from "
-                f"{'.'.join(map(str, MINIMUM_VERSION))} work, install a newer one"
-            )
         if self._kvm is None:
             self._kvm = not await kvm_obstacle()
         return version
