@@ -23,6 +23,7 @@ _UNIT_EXISTS = "org.freedesktop.systemd1.UnitExists"
 _KILL_AGAIN = 0.05  # seconds
 _WORDS = 40  # lines: some VMMs take many to say one thing
 _WORDS_LIMIT = 2.0  # seconds that journalctl may take
+_WORDS_AT_ONCE = 4  # however many VMs crash
 _log = logging.getLogger(__name__)
 
 
@@ -32,6 +33,7 @@ class Units:
     def __init__(self, manager: Manager, bus: Bus) -> None:
         self._manager = manager
         self._bus = bus
+        self._reading = trio.CapacityLimiter(_WORDS_AT_ONCE)
 
     async def start(self, vm: Vm, properties: Sequence[Property]) -> str:
         """Start the VM's unit; return the job's result, `done` for success.
@@ -125,11 +127,12 @@ class Units:
         command.append("_TRANSPORT=stdout")
         command.append(f"_SYSTEMD_UNIT={vm.unit}")
         command.append(f"--since=@{int(vm.started_at)}")
-        with trio.move_on_after(_WORDS_LIMIT), contextlib.suppress(OSError):
-            found = await trio.run_process(
-                command, capture_stdout=True, check=False, stderr=subprocess.DEVNULL
-            )
-            return found.stdout.decode(errors="replace").splitlines()
+        async with self._reading:
+            with trio.move_on_after(_WORDS_LIMIT), contextlib.suppress(OSError):
+                found = await trio.run_process(
+                    command, capture_stdout=True, check=False, stderr=subprocess.DEVNULL
+                )
+                return found.stdout.decode(errors="replace").splitlines()
         return []
 
     async def _stop(self, vm: Vm) -> None:
