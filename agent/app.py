@@ -16,7 +16,7 @@ from .console.consoles import Consoles
 from .console.inherited import Inherited
 from .fs.mount import mounted
 from .index.store import open_index
-from .lifecycle.clone import clone_again, write_out
+from .lifecycle.clone import tell_unwritten, write_out
 from .lifecycle.configure import empty_trash
 from .lifecycle.doctor import Doctor
 from .lifecycle.events import Events
@@ -111,7 +111,9 @@ async def run(settings: Settings, load: Callable[[], Settings]) -> None:
             await clear_images(services)
             for vm in index.vms.all():
                 if vm.unwritten and booted:
-                    operations.run_in_turn(vm.id, functools.partial(clone_again, services, vm.id))
+                    operations.run_in_turn(
+                        vm.id, functools.partial(tell_unwritten, services, vm.id)
+                    )
                 elif vm.unwritten:
                     nursery.start_soon(write_out, services, vm.id)
             nursery.start_soon(empty_trash, services)

@@ -7,7 +7,6 @@ import trio
 from agent.model.access import Caller
 from agent.model.errors import CocoonError, Invalid, Missing, TimedOut
 from agent.model.pinned import boot_files, pin
-from agent.model.snapshot import SnapshotState
 from agent.model.vm import Vm
 
 from . import images, library
@@ -106,17 +105,15 @@ async def write_out(services: Services, vm_id: str) -> None:
             _log.error("the disks of VM %s are not written out: %s", vm.name, error)
 
 
-async def clone_again(services: Services, vm_id: str) -> None:
-    """Let a clone whose disks were not written out when the host went down be one anew.
+async def tell_unwritten(services: Services, vm_id: str) -> None:
+    """Say of a clone that its disks were not surely written out when the host went down.
 
-    Its guest had run for seconds, and what is on its disks may have holes.
+    Nothing is done about it: its guest may have run on for long while there was no agent.
     """
     vm = services.vm(vm_id)
-    snapshot = services.index.snapshots.get(vm.from_snapshot)
-    lost = f"the host went down before the disks of VM {vm.name} were written out: "
-    if snapshot is not None and snapshot.state is SnapshotState.READY:
-        lost += f"its next start clones snapshot {snapshot.name} again"
-        services.note(vm_id, first_booted=False, unwritten=False, error=lost)
-    else:
-        lost += "they may be damaged, and its snapshot is gone; remove it"
-        services.note(vm_id, unwritten=False, error=lost)
+    lost = (
+        f"the host went down before the disks of VM {vm.name} were known to be written out: if it "
+        "had run for less than a minute they may have holes; remove it and clone it again"
+    )
+    _log.error("%s", lost)
+    services.note(vm_id, unwritten=False, error=lost)
